@@ -1,0 +1,3 @@
+//! What a node must know of its cluster.
+
+pub mod model;

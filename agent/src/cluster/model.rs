@@ -1,0 +1,216 @@
+//! The world: what a node must know of its cluster, as one immutable value with a revision.
+//!
+//! Sources (a directory of manifests, the Kubernetes API) build a [`World`]; everything
+//! below reads it. Nothing here does I/O.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use ipnet::IpNet;
+use signet_ebpf::abi::Mode;
+
+use crate::{policy::model::PolicySet, spiffe::TrustDomain};
+
+/// A pod's uid, as the API gives it.
+pub type PodUid = Arc<str>;
+
+/// A namespaced name.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct ObjectName {
+    /// Namespace.
+    pub namespace: Arc<str>,
+    /// Name.
+    pub name: Arc<str>,
+}
+
+/// The whole of what is known, at one revision.
+#[derive(Clone, Debug)]
+pub struct World {
+    /// Grows by one with each published change.
+    pub revision: u64,
+    /// The cluster's own trust domain.
+    pub trust_domain: TrustDomain,
+    /// By name.
+    pub namespaces: BTreeMap<Arc<str>, Namespace>,
+    /// By uid.
+    pub pods: HashMap<PodUid, Arc<Pod>>,
+    /// Address → pod; only pods that are neither finished nor in the host's network.
+    pub pods_by_ip: HashMap<IpAddr, PodUid>,
+    /// By name.
+    pub services: BTreeMap<ObjectName, Arc<Service>>,
+    /// Virtual address → Service.
+    pub services_by_ip: HashMap<IpAddr, ObjectName>,
+    /// Node name → its addresses.
+    pub nodes: BTreeMap<Arc<str>, Vec<IpAddr>>,
+    /// Every policy that was understood (or understood as failing closed).
+    pub policies: Arc<PolicySet>,
+    /// The cluster's address ranges.
+    pub ranges: Ranges,
+    /// Uids that some node has announced as served: listeners, SVID and policy in place.
+    pub served: HashMap<PodUid, Arc<str>>,
+    /// What could not be read or was ignored; shown by `signet status`.
+    pub problems: Vec<Problem>,
+    /// Which kinds have been read to their end at least once.
+    pub synced: Synced,
+}
+
+/// Which sources have given a complete list at least once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Synced {
+    /// Pods and Namespaces.
+    pub pods: bool,
+    /// Every kind of policy.
+    pub policies: bool,
+}
+
+/// A Namespace, as far as Signet reads it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Namespace {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Label `signet.dev/mode`; the last valid value when the present one is unknown.
+    pub mode: Mode,
+    /// Label `signet.dev/allow-pod-override: "true"`.
+    pub allow_pod_override: bool,
+    /// Label `signet.dev/default: deny`.
+    pub default_deny: bool,
+    /// Annotation `signet.dev/exempt-inbound-ports`.
+    pub exempt_ports: Arc<[ExemptPort]>,
+}
+
+/// A port on which plaintext is accepted in `strict`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct ExemptPort {
+    /// The pod's port.
+    pub port: u16,
+    /// IP protocol (6 or 17).
+    pub protocol: u8,
+}
+
+/// A pod, as far as Signet reads it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Pod {
+    /// `metadata.uid`.
+    pub uid: PodUid,
+    /// Namespace and name.
+    pub name: ObjectName,
+    /// `spec.serviceAccountName`, `default` when absent.
+    pub service_account: Arc<str>,
+    /// `spec.nodeName`, once bound.
+    pub node: Option<Arc<str>>,
+    /// `status.podIPs`, as the API knows them (late).
+    pub ips: Vec<IpAddr>,
+    /// `metadata.labels`.
+    pub labels: BTreeMap<Arc<str>, Arc<str>>,
+    /// `spec.hostNetwork`.
+    pub host_network: bool,
+    /// `status.phase` is Succeeded or Failed.
+    pub finished: bool,
+    /// `metadata.deletionTimestamp` is set.
+    pub terminating: bool,
+    /// `status.phase` is Pending or Running (the authority's rule).
+    pub alive: bool,
+    /// Named container ports: name → port.
+    pub named_ports: BTreeMap<Arc<str>, u16>,
+    /// The mode in force: the namespace's, raised by the pod's own label (DESIGN §2).
+    pub mode: Mode,
+    /// Where [`Pod::mode`] comes from.
+    pub mode_origin: ModeOrigin,
+    /// Why more than observation is impossible, when it is.
+    pub unenforceable: Option<Arc<str>>,
+}
+
+impl Pod {
+    /// True when its desired mode enrols it (permissive or strict, enforceable, not host network).
+    pub fn is_enrolled(&self) -> bool {
+        self.mode.is_enforced() && self.is_enrollable()
+    }
+
+    /// True when Signet could enrol it: in some mode, enforceable, with its own network.
+    pub fn is_enrollable(&self) -> bool {
+        self.mode != Mode::Off
+            && self.unenforceable.is_none()
+            && !self.host_network
+            && !self.finished
+    }
+}
+
+/// What gave a pod its mode.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ModeOrigin {
+    /// No label: off.
+    Default,
+    /// The Namespace's label.
+    Namespace,
+    /// The pod's own label, raising (or, where the Namespace allows it, lowering) the mode.
+    Pod,
+    /// The namespace carries only values that are unknown: strict.
+    InvalidLabel,
+}
+
+/// A Service with its endpoints.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Service {
+    /// Namespace and name.
+    pub name: ObjectName,
+    /// `spec.clusterIPs` without `None`.
+    pub cluster_ips: Vec<IpAddr>,
+    /// Its ports.
+    pub ports: Vec<ServicePort>,
+}
+
+/// A Service's port and what is behind it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ServicePort {
+    /// Port name, empty when it has none.
+    pub name: Arc<str>,
+    /// Service port.
+    pub port: u16,
+    /// IP protocol.
+    pub protocol: u8,
+    /// Ready (and, when none is, serving-terminating) endpoints.
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// One address behind a Service's port.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Endpoint {
+    /// The endpoint's address.
+    pub ip: IpAddr,
+    /// The target port.
+    pub port: u16,
+    /// `conditions.ready`.
+    pub ready: bool,
+    /// `conditions.serving` while terminating.
+    pub serving: bool,
+}
+
+/// The cluster's address ranges (DESIGN §2).
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Ranges {
+    /// Pods' ranges.
+    pub pods: Vec<IpNet>,
+    /// Services' ranges.
+    pub services: Vec<IpNet>,
+    /// Explicitly outside, though inside one of the above.
+    pub outside: Vec<IpNet>,
+}
+
+impl Ranges {
+    /// True when nothing is known: `strict` then refuses every unknown address.
+    pub fn is_unknown(&self) -> bool {
+        self.pods.is_empty()
+    }
+}
+
+/// Something that an operator should know, with its remedy.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Problem {
+    /// What it is about: `pod shop/checkout`, `file policies.yaml:12`.
+    pub subject: String,
+    /// The field, value and remedy, one sentence.
+    pub message: String,
+}

@@ -1,0 +1,3 @@
+//! This node's pods: discovery and the reconcile loop.
+
+pub mod state;

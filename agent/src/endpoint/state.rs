@@ -1,0 +1,81 @@
+//! The node's state: what the reconciler has applied, read by proxies, flow, CLI.
+
+use std::{collections::HashMap, net::IpAddr, sync::Arc};
+
+use signet_ebpf::abi::Mode;
+
+use crate::{
+    cluster::model::{Pod, World},
+    policy::model::Policy,
+    spiffe::SpiffeId,
+};
+
+/// An endpoint's key: a re-made sandbox is a new endpoint.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct EndpointKey {
+    /// The pod's uid.
+    pub uid: Arc<str>,
+    /// The cookie of its network namespace.
+    pub netns: u64,
+}
+
+/// Everything applied on this node at one revision; published after the kernel maps.
+#[derive(Clone, Debug)]
+pub struct NodeState {
+    /// Revision of the world that this was planned from.
+    pub revision: u64,
+    /// This node's name.
+    pub node: Arc<str>,
+    /// The world it was planned from.
+    pub world: Arc<World>,
+    /// Registered endpoints by network namespace cookie.
+    pub endpoints: HashMap<u64, Arc<EndpointState>>,
+    /// Pods of this node that wait, with the reason.
+    pub waiting: Vec<Waiting>,
+    /// Kernel identity number → SPIFFE ID.
+    pub identities: Arc<HashMap<u32, SpiffeId>>,
+    /// Kernel policy number → policy.
+    pub policies: Arc<HashMap<u32, Arc<Policy>>>,
+}
+
+/// A registered endpoint.
+#[derive(Clone, Debug)]
+pub struct EndpointState {
+    /// Its key.
+    pub key: EndpointKey,
+    /// The pod.
+    pub pod: Arc<Pod>,
+    /// Its identity.
+    pub identity: SpiffeId,
+    /// Its identity's number in the kernel.
+    pub identity_number: u32,
+    /// The mode applied (what the pod asks for, or what could be enforced).
+    pub mode: Mode,
+    /// Its own addresses, as rtnetlink shows them in its network namespace.
+    pub addresses: Vec<IpAddr>,
+    /// The pod directory's path below the cgroup2 mount.
+    pub cgroup_path: Arc<str>,
+    /// The pod directory's cgroup id.
+    pub cgroup: u64,
+    /// Policies that select it.
+    pub policies: Arc<[Arc<Policy>]>,
+    /// True when the namespace's default is deny.
+    pub default_deny: bool,
+    /// Outbound listener port, IPv4 (0: none).
+    pub listener4: u16,
+    /// First outbound listener port on `::1` (0: none), and how many.
+    pub listener6: (u16, u16),
+    /// SVID, listeners and kernel entries are in place, and it is announced.
+    pub served: bool,
+    /// When it was registered.
+    pub since: jiff::Timestamp,
+}
+
+/// A pod of this node that is not registered, and why.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Waiting {
+    /// The pod.
+    pub pod: Arc<Pod>,
+    /// For people: what is missing and where it was looked for.
+    pub reason: String,
+}

@@ -1,0 +1,3 @@
+//! Flow records: what was decided, kept and merged.
+
+pub mod record;

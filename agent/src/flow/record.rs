@@ -1,0 +1,129 @@
+//! A flow's record: one `verdict` when decided, one `end` when it ends (DESIGN §2).
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use signet_ebpf::abi::{Direction, Reason, Verdict};
+use uuid::Uuid;
+
+use crate::{policy::model::PolicyName, spiffe::SpiffeId};
+
+/// How a flow travelled.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Via {
+    /// Through a mutual-TLS tunnel.
+    Mtls,
+    /// On the same node, attested by the kernel.
+    Kernel,
+    /// In clear.
+    Plaintext,
+}
+
+/// How an identity is known.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum KnownBy {
+    /// A verified certificate.
+    Mtls,
+    /// Kernel attestation: cgroup and network namespace.
+    Kernel,
+    /// Only the address that the world model maps to it.
+    Address,
+    /// Not at all.
+    Unknown,
+}
+
+/// One side of a flow.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Party {
+    /// Namespace and pod name, when it is a known pod.
+    pub pod: Option<(Arc<str>, Arc<str>)>,
+    /// Service account, when it is a known pod.
+    pub service_account: Option<Arc<str>>,
+    /// Its identity.
+    pub identity: Option<SpiffeId>,
+    /// How that is known.
+    pub known_by: KnownBy,
+    /// Service that was dialled, as `namespace/name`.
+    pub service: Option<Arc<str>>,
+    /// Address.
+    pub ip: IpAddr,
+    /// Port.
+    pub port: u16,
+}
+
+impl Party {
+    /// A party of which nothing but the address is known.
+    pub fn unknown(address: SocketAddr) -> Self {
+        Self {
+            pod: None,
+            service_account: None,
+            identity: None,
+            known_by: KnownBy::Unknown,
+            service: None,
+            ip: address.ip(),
+            port: address.port(),
+        }
+    }
+}
+
+/// Which end reports.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Reporter {
+    /// The client's node.
+    Source,
+    /// The server's node.
+    Destination,
+}
+
+/// What happened.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum FlowEvent {
+    /// The flow was decided.
+    Verdict,
+    /// The flow ended.
+    End {
+        /// Bytes from the client to the server.
+        sent: u64,
+        /// Bytes from the server to the client.
+        received: u64,
+        /// From the verdict to the end.
+        duration: std::time::Duration,
+    },
+}
+
+/// A record.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct FlowRecord {
+    /// When.
+    pub time: jiff::Timestamp,
+    /// What happened.
+    pub event: FlowEvent,
+    /// Shared by both ends of a flow.
+    pub uuid: Uuid,
+    /// The reporting node.
+    pub node: Arc<str>,
+    /// Which end reports.
+    pub reporter: Reporter,
+    /// As the reporting pod sees it.
+    pub direction: Direction,
+    /// `tcp`, `udp` or the number of another protocol.
+    pub protocol: u8,
+    /// How it travelled, or would have.
+    pub via: Via,
+    /// The verdict.
+    pub verdict: Verdict,
+    /// Why; for [`FlowEvent::End`] the close reason.
+    pub reason: Reason,
+    /// The deciding policy.
+    pub policy: Option<PolicyName>,
+    /// Revision of the world that decided.
+    pub revision: u64,
+    /// Further `key=value` pairs: `mode=strict`, `errno=ECONNREFUSED`, …
+    pub extra: Vec<(&'static str, String)>,
+    /// The client.
+    pub source: Party,
+    /// The server.
+    pub destination: Party,
+}

@@ -1,0 +1,24 @@
+//! Signet's node agent, authority and command line.
+//!
+//! The map of the house, from the ground up; a floor imports only floors below it
+//! (`cargo xtask check` holds this):
+//!
+//! 1. [`spiffe`] parses and encodes SPIFFE IDs, bundles and SVIDs, [`netns`] opens sockets
+//!    inside pods' network namespaces, [`config`] reads the agent's configuration,
+//!    [`telemetry`] names reasons and sets logging up.
+//! 2. [`policy`] turns policy objects into one model, evaluates and compiles it; [`ca`] signs.
+//! 3. [`cluster`] says what the cluster is: a [`cluster::model::World`] with a revision.
+//! 4. [`kernel`] loads, attaches and pins the programs and writes their maps; [`trust`] holds
+//!    bundles; [`svid`] requests and rotates SVIDs; [`tunnel`] speaks HBONE.
+//! 5. [`endpoint`] finds this node's pods and reconciles the kernel with the world.
+//! 6. [`flow`] records verdicts.
+//! 7. [`proxy`] carries flows; [`observer`] and [`admin`] answer the command line.
+//! 8. [`daemon`] puts the node agent together.
+//! 9. [`cli`] is the command line.
+
+pub mod cluster;
+pub mod endpoint;
+pub mod flow;
+pub mod policy;
+pub mod spiffe;
+pub mod telemetry;

@@ -1,0 +1,3 @@
+//! Policies: sources to one model, evaluation, compilation for the kernel.
+
+pub mod model;

@@ -1,0 +1,3 @@
+//! Names of reasons, logging, metrics.
+
+pub mod reason;
