@@ -11,10 +11,10 @@ use crate::abi::{
 
 /// What the verdict reads; the programs answer from BPF maps, tests from hash maps.
 pub trait PolicyMaps {
-    /// The configuration.
-    fn config(&self) -> Config;
+    /// The configuration; `None` only where the map cannot be read.
+    fn config(&self) -> Option<&Config>;
     /// The registered pod of a network namespace.
-    fn pod(&self, netns: u64) -> Option<PodEntry>;
+    fn pod(&self, netns: u64) -> Option<&PodEntry>;
     /// True when `ip` is one of the pod's own addresses.
     fn is_own(&self, netns: u64, ip: Ip) -> bool;
     /// What is known of an address.
@@ -224,7 +224,9 @@ fn is_foreign(flow: &Flow) -> bool {
 /// What a pod's socket dials or sends to (connect, sendmsg, cgroup_skb egress).
 #[inline(always)]
 pub fn decide_egress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
-    let config = maps.config();
+    let Some(config) = maps.config() else {
+        return Decision::UNTOUCHED;
+    };
     if config.enforcement == enforcement::OFF || flow.remote.is_local_by_nature() {
         return Decision::UNTOUCHED;
     }
@@ -237,11 +239,11 @@ pub fn decide_egress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
                 if flow.netns == config.host_netns {
                     return Decision::UNTOUCHED;
                 }
-                return unknown_pod(&config, flow.now);
+                return unknown_pod(config, flow.now);
             }
             match maps.pod(flow.task_netns) {
                 Some(entry) => (entry, true),
-                None => return unknown_pod(&config, flow.now),
+                None => return unknown_pod(config, flow.now),
             }
         }
     };
@@ -257,13 +259,13 @@ pub fn decide_egress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
     };
     // A socket of one pod used by a task of another proves nothing.
     if !nested && is_foreign(flow) && mode.is_enforced() {
-        return conclude(&entry, &config, identity, Reason::IdentityMismatch, EPERM, NO_POLICY);
+        return conclude(entry, config, identity, Reason::IdentityMismatch, EPERM, NO_POLICY);
     }
     if entry.flags & pod::CLOSED != 0 {
-        return conclude(&entry, &config, identity, Reason::MapFull, ECONNREFUSED, NO_POLICY);
+        return conclude(entry, config, identity, Reason::MapFull, ECONNREFUSED, NO_POLICY);
     }
     if nested && strict {
-        return conclude(&entry, &config, identity, Reason::PodUnregistered, EPERM, NO_POLICY);
+        return conclude(entry, config, identity, Reason::PodUnregistered, EPERM, NO_POLICY);
     }
     let observing = matches!(mode, Mode::Observe);
     let enrollable = match peer {
@@ -274,16 +276,16 @@ pub fn decide_egress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
     let (reason, policy) = judge(maps, flow, Direction::Egress, how, identity, flow.remote_port);
     if flow.protocol != proto::TCP {
         if flow.protocol != proto::UDP && entry.flags & pod::DENY_OTHER != 0 {
-            return conclude(&entry, &config, identity, Reason::PolicyDeny, EPERM, NO_POLICY);
+            return conclude(entry, config, identity, Reason::PolicyDeny, EPERM, NO_POLICY);
         }
-        return conclude(&entry, &config, identity, reason, EPERM, policy);
+        return conclude(entry, config, identity, reason, EPERM, policy);
     }
     // A DENY that an address satisfies is answered here; an ALLOW that misses may still
     // be satisfied by the handshake, so the tunnel's proxy answers that.
     let denied = reason as u16 == Reason::PolicyDeny as u16
         || reason as u16 == Reason::PolicyUnsupported as u16;
     if denied {
-        return conclude(&entry, &config, identity, reason, EPERM, policy);
+        return conclude(entry, config, identity, reason, EPERM, policy);
     }
     let mut tunnel = false;
     let mut refusal = Reason::Allowed;
@@ -321,20 +323,20 @@ pub fn decide_egress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
         None => {}
     }
     if refusal as u16 != Reason::Allowed as u16 {
-        return conclude(&entry, &config, identity, refusal, ECONNREFUSED, NO_POLICY);
+        return conclude(entry, config, identity, refusal, ECONNREFUSED, NO_POLICY);
     }
     if !tunnel || observing {
-        return conclude(&entry, &config, identity, reason, EPERM, policy);
+        return conclude(entry, config, identity, reason, EPERM, policy);
     }
     if config.enforcement != enforcement::ENFORCE {
-        return conclude(&entry, &config, identity, reason, EPERM, policy);
+        return conclude(entry, config, identity, reason, EPERM, policy);
     }
     if nested {
         // Permissive: it may go direct, never through the pod's tunnel.
-        return conclude(&entry, &config, identity, reason, EPERM, policy);
+        return conclude(entry, config, identity, reason, EPERM, policy);
     }
     if entry.flags & pod::READY == 0 {
-        return conclude(&entry, &config, identity, Reason::SvidMissing, ECONNREFUSED, NO_POLICY);
+        return conclude(entry, config, identity, Reason::SvidMissing, ECONNREFUSED, NO_POLICY);
     }
     Decision {
         action: Action::Tunnel,
@@ -353,7 +355,9 @@ pub fn decide_egress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
 /// What arrives at a pod from outside its network namespace (sk_lookup, cgroup_skb ingress).
 #[inline(always)]
 pub fn decide_ingress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
-    let config = maps.config();
+    let Some(config) = maps.config() else {
+        return Decision::UNTOUCHED;
+    };
     if config.enforcement == enforcement::OFF || flow.remote.is_local_by_nature() {
         return Decision::UNTOUCHED;
     }
@@ -361,7 +365,7 @@ pub fn decide_ingress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
         if flow.netns == config.host_netns || maps.is_probe(flow) {
             return Decision::UNTOUCHED;
         }
-        return unknown_pod(&config, flow.now);
+        return unknown_pod(config, flow.now);
     };
     let mode = Mode::from_u8(entry.mode);
     if matches!(mode, Mode::Off) || maps.is_own(flow.netns, flow.remote) {
@@ -388,14 +392,14 @@ pub fn decide_ingress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
             || (entry.listener6_count != 0
                 && flow.local_port.wrapping_sub(entry.listener6) < entry.listener6_count));
     if listener {
-        return conclude(&entry, &config, identity, Reason::WrongDestination, 0, NO_POLICY);
+        return conclude(entry, config, identity, Reason::WrongDestination, 0, NO_POLICY);
     }
     if entry.flags & pod::CLOSED != 0 {
-        return conclude(&entry, &config, identity, Reason::MapFull, 0, NO_POLICY);
+        return conclude(entry, config, identity, Reason::MapFull, 0, NO_POLICY);
     }
     if maps.is_probe(flow) {
         // A listed built-in: the node's own kubelet.
-        return conclude(&entry, &config, identity, Reason::Allowed, 0, NO_POLICY);
+        return conclude(entry, config, identity, Reason::Allowed, 0, NO_POLICY);
     }
     let observing = matches!(mode, Mode::Observe);
     if tcp {
@@ -406,12 +410,12 @@ pub fn decide_ingress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
             _ => false,
         };
         if plaintext_refused && !maps.is_exempt(flow.netns, flow.local_port, flow.protocol) {
-            return conclude(&entry, &config, identity, Reason::PlaintextRefused, 0, NO_POLICY);
+            return conclude(entry, config, identity, Reason::PlaintextRefused, 0, NO_POLICY);
         }
     } else if flow.protocol != proto::UDP && entry.flags & pod::DENY_OTHER != 0 {
-        return conclude(&entry, &config, identity, Reason::PolicyDeny, 0, NO_POLICY);
+        return conclude(entry, config, identity, Reason::PolicyDeny, 0, NO_POLICY);
     }
     let how = if observing && enrollable && tcp { known::AUTHENTICATED } else { known::ADDRESS };
     let (reason, policy) = judge(maps, flow, Direction::Ingress, how, identity, flow.local_port);
-    conclude(&entry, &config, identity, reason, 0, policy)
+    conclude(entry, config, identity, reason, 0, policy)
 }
