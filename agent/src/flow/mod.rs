@@ -1,3 +1,11 @@
 //! Flow records: what was decided, kept and merged.
+//!
+//! Whoever decides a flow hands a [`record::FlowRecord`] to a [`Recorder`]; the
+//! [`Collector`] moves it into the ring, from which a [`FlowLog`] answers.
 
 pub mod record;
+pub mod recorder;
+pub mod ring;
+
+pub use record::{FlowEvent, FlowRecord, KnownBy, Party, Reporter, Via};
+pub use recorder::{Collector, FlowLog, Followed, Follower, Limits, LostCause, Recorder, start};

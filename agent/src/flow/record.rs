@@ -127,3 +127,14 @@ pub struct FlowRecord {
     /// The server.
     pub destination: Party,
 }
+
+impl FlowRecord {
+    /// The side that reports: the client for the source's records, the server for the
+    /// destination's.
+    pub fn reporting_party(&self) -> &Party {
+        match self.reporter {
+            Reporter::Source => &self.source,
+            Reporter::Destination => &self.destination,
+        }
+    }
+}

@@ -1,0 +1,407 @@
+//! From the place that decides to the ring: a queue that never blocks, and followers.
+//!
+//! [`Recorder::record`] is called on the data plane: it counts, takes a place in a
+//! bounded queue and returns. One pod may hold only a share of the queue and the last
+//! quarter of it is kept for drops, so that a flood of one pod costs another none of its
+//! records. What finds no place is counted by cause.
+
+use std::{
+    hash::{BuildHasher, RandomState},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+};
+
+use signet_ebpf::abi::{Reason, Verdict};
+use tokio::sync::mpsc;
+
+use super::{
+    record::{FlowEvent, FlowRecord},
+    ring::Ring,
+};
+
+/// How much is kept.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Limits {
+    /// Records in the ring, drops not among them.
+    pub flows: usize,
+    /// Records of drops in the ring.
+    pub drops: usize,
+    /// Records on their way to the ring.
+    pub queue: usize,
+    /// Followers at once.
+    pub followers: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { flows: 8192, drops: 4096, queue: 4096, followers: 64 }
+    }
+}
+
+/// Why a record was not kept.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum LostCause {
+    /// The kernel's ring buffer was full.
+    KernelRing,
+    /// The kernel sends only so many events a second and endpoint.
+    KernelRate,
+    /// The queue to the ring was full.
+    Queue,
+    /// The pod's share of that queue was used up.
+    PodShare,
+}
+
+impl LostCause {
+    /// Every cause.
+    pub const ALL: [Self; 4] = [Self::KernelRing, Self::KernelRate, Self::Queue, Self::PodShare];
+
+    /// For people, as `warning: node-2 lost 312 events (<this>)`.
+    pub const fn describe(self) -> &'static str {
+        match self {
+            Self::KernelRing => "ring buffer full",
+            Self::KernelRate => "rate limit of the pod",
+            Self::Queue => "queue full",
+            Self::PodShare => "share of the pod used up",
+        }
+    }
+}
+
+/// Hands records over; cheap to clone, never blocks.
+#[derive(Clone, Debug)]
+pub struct Recorder {
+    queue: mpsc::Sender<Queued>,
+    shared: Arc<Shared>,
+}
+
+/// Moves records from the queue into the ring; run by one task of the control plane.
+#[derive(Debug)]
+pub struct Collector {
+    queue: mpsc::Receiver<Queued>,
+    shared: Arc<Shared>,
+}
+
+/// Reads the ring.
+#[derive(Clone, Debug)]
+pub struct FlowLog {
+    shared: Arc<Shared>,
+}
+
+/// Which records are asked for.
+pub type Matches = Arc<dyn Fn(&FlowRecord) -> bool + Send + Sync>;
+
+/// Counts since the start; never lossy.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Totals {
+    /// Verdicts of the proxy, by kind.
+    pub forwarded: u64,
+    /// Drops that the proxy decided.
+    pub dropped: u64,
+    /// Audits that the proxy decided.
+    pub audit: u64,
+    /// Kernel events with verdict FORWARDED that arrived.
+    pub kernel_forwarded: u64,
+    /// Kernel events with verdict DROPPED that arrived (the exact number is in `DROPS`).
+    pub kernel_dropped: u64,
+    /// Kernel events with verdict AUDIT that arrived.
+    pub kernel_audit: u64,
+    /// Drops by reason, proxy and kernel events together.
+    pub drops_by_reason: Vec<(Reason, u64)>,
+    /// Losses by cause.
+    pub lost: Vec<(LostCause, u64)>,
+    /// Records in the ring.
+    pub held: u64,
+    /// Records that the ring has room for.
+    pub capacity: u64,
+    /// Records that the ring has seen.
+    pub seen: u64,
+}
+
+impl Totals {
+    /// Losses of every cause together.
+    pub fn lost_in_all(&self) -> u64 {
+        self.lost.iter().map(|(_, n)| n).sum()
+    }
+}
+
+/// Makes a recorder and the collector that serves it.
+pub fn start(limits: Limits) -> (Recorder, Collector) {
+    let (tx, rx) = mpsc::channel(limits.queue.max(16));
+    let shared = Arc::new(Shared {
+        state: Mutex::new(State {
+            ring: Ring::new(limits.flows, limits.drops),
+            followers: Vec::new(),
+        }),
+        limits,
+        slots: (0..SLOTS).map(|_| AtomicU32::new(0)).collect(),
+        hasher: RandomState::new(),
+        verdicts: Default::default(),
+        drops: Default::default(),
+        lost: Default::default(),
+    });
+    (Recorder { queue: tx, shared: shared.clone() }, Collector { queue: rx, shared })
+}
+
+impl Recorder {
+    /// Records what the proxy decided.
+    pub fn record(&self, record: FlowRecord) {
+        self.take(record, Origin::Proxy);
+    }
+
+    /// Records what the kernel decided; its drops are counted exactly elsewhere (`DROPS`).
+    pub fn record_from_kernel(&self, record: FlowRecord) {
+        self.take(record, Origin::Kernel);
+    }
+
+    /// Counts records that were lost before they came here.
+    pub fn count_lost(&self, cause: LostCause, n: u64) {
+        self.shared.count_lost(cause, n);
+    }
+
+    /// The reading side.
+    pub fn log(&self) -> FlowLog {
+        FlowLog { shared: self.shared.clone() }
+    }
+
+    fn take(&self, record: FlowRecord, origin: Origin) {
+        let shared = &*self.shared;
+        shared.count(&record, origin);
+        let dropped = record.verdict == Verdict::Dropped;
+        let slot = shared.slot_of(&record);
+        let (Some(in_flight), Ok(queue)) =
+            (shared.slots.get(slot), u32::try_from(self.queue.max_capacity()))
+        else {
+            return shared.count_lost(LostCause::Queue, 1);
+        };
+        let share = if dropped { queue / 4 } else { queue / 8 };
+        if in_flight.fetch_add(1, Ordering::Relaxed) >= share {
+            in_flight.fetch_sub(1, Ordering::Relaxed);
+            return shared.count_lost(LostCause::PodShare, 1);
+        }
+        let kept_for_drops = self.queue.max_capacity() / 4;
+        let full = !dropped && self.queue.capacity() <= kept_for_drops;
+        if full || self.queue.try_send(Queued { slot, record }).is_err() {
+            in_flight.fetch_sub(1, Ordering::Relaxed);
+            shared.count_lost(LostCause::Queue, 1);
+        }
+    }
+}
+
+impl Collector {
+    /// Runs until every [`Recorder`] is gone.
+    pub async fn run(mut self) {
+        let mut batch = Vec::with_capacity(BATCH);
+        while self.queue.recv_many(&mut batch, BATCH).await > 0 {
+            let mut state = self.shared.state();
+            for Queued { slot, record } in batch.drain(..) {
+                if let Some(in_flight) = self.shared.slots.get(slot) {
+                    in_flight.fetch_sub(1, Ordering::Relaxed);
+                }
+                let record = Arc::new(record);
+                state.followers.retain(|f| f.offer(&record));
+                state.ring.push(record);
+            }
+        }
+    }
+}
+
+impl FlowLog {
+    /// Records that match, oldest first.
+    pub fn recent(&self, matches: &Matches) -> Vec<Arc<FlowRecord>> {
+        let mut records = self.shared.state().ring.snapshot();
+        records.retain(|r| matches(r));
+        records
+    }
+
+    /// The records so far that match, and a follower that gets each later one exactly
+    /// once; `None` when there are too many followers.
+    pub fn follow(&self, matches: Matches) -> Option<(Vec<Arc<FlowRecord>>, Follower)> {
+        let (tx, rx) = mpsc::channel(FOLLOWER_QUEUE);
+        let lost = Arc::new(AtomicU64::new(0));
+        let mut records = {
+            let mut state = self.shared.state();
+            state.followers.retain(|f| !f.queue.is_closed());
+            if state.followers.len() >= self.shared.limits.followers {
+                return None;
+            }
+            state.followers.push(FollowerEntry {
+                matches: matches.clone(),
+                queue: tx,
+                lost: lost.clone(),
+            });
+            state.ring.snapshot()
+        };
+        records.retain(|r| matches(r));
+        Some((records, Follower { queue: rx, lost, told: 0 }))
+    }
+
+    /// The counts.
+    pub fn totals(&self) -> Totals {
+        let shared = &*self.shared;
+        let load = |a: &AtomicU64| a.load(Ordering::Relaxed);
+        let [proxy, kernel] = &shared.verdicts;
+        let (held, capacity, seen) = {
+            let state = shared.state();
+            (state.ring.len() as u64, state.ring.capacity() as u64, state.ring.seen())
+        };
+        Totals {
+            forwarded: load(&proxy.forwarded),
+            dropped: load(&proxy.dropped),
+            audit: load(&proxy.audit),
+            kernel_forwarded: load(&kernel.forwarded),
+            kernel_dropped: load(&kernel.dropped),
+            kernel_audit: load(&kernel.audit),
+            drops_by_reason: Reason::ALL
+                .iter()
+                .zip(&shared.drops)
+                .map(|(reason, n)| (*reason, load(n)))
+                .filter(|(_, n)| *n > 0)
+                .collect(),
+            lost: LostCause::ALL.iter().zip(&shared.lost).map(|(c, n)| (*c, load(n))).collect(),
+            held,
+            capacity,
+            seen,
+        }
+    }
+}
+
+/// What a follower gets.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Followed {
+    /// A record.
+    Record(Arc<FlowRecord>),
+    /// So many matching records were lost because the follower was too slow.
+    Lost(u64),
+}
+
+/// Receives records as they are made.
+#[derive(Debug)]
+pub struct Follower {
+    queue: mpsc::Receiver<Arc<FlowRecord>>,
+    lost: Arc<AtomicU64>,
+    told: u64,
+}
+
+impl Follower {
+    /// The next record or loss; `None` once the collector is gone.
+    pub async fn next(&mut self) -> Option<Followed> {
+        let lost = self.lost.load(Ordering::Relaxed);
+        if lost > self.told {
+            let n = lost - self.told;
+            self.told = lost;
+            return Some(Followed::Lost(n));
+        }
+        self.queue.recv().await.map(Followed::Record)
+    }
+}
+
+/// Records that a follower may lag behind.
+const FOLLOWER_QUEUE: usize = 4096;
+/// Records moved under one lock.
+const BATCH: usize = 128;
+/// Counters of records in flight; pods whose names hash alike share one.
+const SLOTS: usize = 512;
+
+#[derive(Clone, Copy)]
+enum Origin {
+    Proxy,
+    Kernel,
+}
+
+#[derive(Debug)]
+struct Queued {
+    slot: usize,
+    record: FlowRecord,
+}
+
+#[derive(Debug, Default)]
+struct Verdicts {
+    forwarded: AtomicU64,
+    dropped: AtomicU64,
+    audit: AtomicU64,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    limits: Limits,
+    slots: Box<[AtomicU32]>,
+    hasher: RandomState,
+    verdicts: [Verdicts; 2],
+    drops: [AtomicU64; Reason::ALL.len()],
+    lost: [AtomicU64; LostCause::ALL.len()],
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("limits", &self.limits).finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // A panic while the lock was held leaves at worst one record out.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn slot_of(&self, record: &FlowRecord) -> usize {
+        let pod = record.reporting_party().pod.as_ref();
+        let hash = self.hasher.hash_one(pod.map(|(ns, name)| (&**ns, &**name)));
+        (hash % SLOTS as u64) as usize
+    }
+
+    fn count(&self, record: &FlowRecord, origin: Origin) {
+        if record.event != FlowEvent::Verdict {
+            return;
+        }
+        let [proxy, kernel] = &self.verdicts;
+        let verdicts = match origin {
+            Origin::Proxy => proxy,
+            Origin::Kernel => kernel,
+        };
+        let counter = match record.verdict {
+            Verdict::Forwarded => &verdicts.forwarded,
+            Verdict::Dropped => &verdicts.dropped,
+            Verdict::Audit => &verdicts.audit,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        if record.verdict == Verdict::Dropped
+            && let Some(n) = self.drops.get(record.reason as usize)
+        {
+            n.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn count_lost(&self, cause: LostCause, n: u64) {
+        if let Some(lost) = self.lost.get(cause as usize) {
+            lost.fetch_add(n, Ordering::Relaxed);
+        }
+    }
+}
+
+struct State {
+    ring: Ring,
+    followers: Vec<FollowerEntry>,
+}
+
+struct FollowerEntry {
+    matches: Matches,
+    queue: mpsc::Sender<Arc<FlowRecord>>,
+    lost: Arc<AtomicU64>,
+}
+
+impl FollowerEntry {
+    /// False when the follower has gone.
+    fn offer(&self, record: &Arc<FlowRecord>) -> bool {
+        if (self.matches)(record) {
+            match self.queue.try_send(record.clone()) {
+                Err(mpsc::error::TrySendError::Closed(_)) => return false,
+                Err(mpsc::error::TrySendError::Full(_)) => {
+                    self.lost.fetch_add(1, Ordering::Relaxed);
+                }
+                Ok(()) => {}
+            }
+        }
+        !self.queue.is_closed()
+    }
+}
