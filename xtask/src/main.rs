@@ -1,1 +1,64 @@
-fn main() {}
+//! Signet's chores: `cargo xtask setup | build | check | test | demo`.
+//!
+//! Progress goes to standard error, results to standard output. Exit codes are those of
+//! the product: 1 when the answer is no, 6 when this host cannot do what was asked.
+#![forbid(unsafe_code)]
+
+mod command;
+mod failure;
+mod setup;
+mod toolchain;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::{failure::Failure, workspace::Workspace};
+
+/// Builds, checks, tests and shows Signet.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Subcommand)]
+enum Chore {
+    /// Find or install what the eBPF build and the lab need; quick when nothing is missing.
+    Setup,
+    /// Set up, then build everything (the eBPF programs are embedded in `signet`).
+    Build {
+        /// The release profile.
+        #[arg(long)]
+        release: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match run(arguments.chore) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(Failure::code_of(&error))
+        }
+    }
+}
+
+fn run(chore: Chore) -> anyhow::Result<()> {
+    let workspace = Workspace::find()?;
+    match chore {
+        Chore::Setup => setup::run(&workspace).map(drop),
+        Chore::Build { release } => {
+            setup::run(&workspace)?;
+            let mut build = workspace.cargo();
+            build.args(["build", "--workspace"]);
+            if release {
+                build.arg("--release");
+            }
+            command::run(&mut build)
+        }
+    }
+}
