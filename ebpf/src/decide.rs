@@ -18,13 +18,13 @@ pub trait PolicyMaps {
     /// True when `ip` is one of the pod's own addresses.
     fn is_own(&self, netns: u64, ip: Ip) -> bool;
     /// What is known of an address.
-    fn address(&self, ip: Ip) -> Option<AddressEntry>;
+    fn address(&self, ip: Ip) -> Option<&AddressEntry>;
     /// Flags of a Service's port.
     fn service(&self, ip: Ip, port: u16, protocol: u8) -> Option<u32>;
     /// The most specific range that holds `ip`.
     fn range(&self, ip: Ip) -> Option<u32>;
     /// Longest match in the pod's policy; `bits` is the length of the looked-up prefix.
-    fn policy(&self, netns: u64, bits: u32, key: &PolicyKey) -> Option<PolicyValue>;
+    fn policy(&self, netns: u64, bits: u32, key: &PolicyKey) -> Option<&PolicyValue>;
     /// True when the pod's port is exempt from the refusal of plaintext.
     fn is_exempt(&self, netns: u64, port: u16, protocol: u8) -> bool;
     /// True when the node's recording program attests the inbound flow as a probe.
@@ -173,7 +173,7 @@ fn judge<M: PolicyMaps>(
         }
     };
     match found {
-        Some(value) => (reason_of(value.reason), value),
+        Some(value) => (reason_of(value.reason), *value),
         // No entry at all: no policy selects the pod for this direction.
         None => (Reason::Allowed, NO_POLICY),
     }
@@ -215,6 +215,19 @@ fn unknown_pod(config: &Config, now: u64) -> Decision {
     }
 }
 
+/// The kind of an address that nobody knows; no entry has it.
+const UNKNOWN_ADDRESS: u8 = 0;
+
+/// What is known of an address, as a value whose every field is set: an absent one would
+/// leave registers unset that the verifier then finds spilled.
+#[inline(always)]
+fn peer_at<M: PolicyMaps>(maps: &M, ip: Ip) -> AddressEntry {
+    match maps.address(ip) {
+        Some(entry) => *entry,
+        None => AddressEntry { identity: IDENTITY_WORLD, kind: UNKNOWN_ADDRESS, flags: 0, pad: 0 },
+    }
+}
+
 /// True when two namespaces belong to two different pods.
 #[inline(always)]
 fn is_foreign(flow: &Flow) -> bool {
@@ -252,11 +265,8 @@ pub fn decide_egress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
         return Decision::UNTOUCHED;
     }
     let strict = matches!(mode, Mode::Strict);
-    let peer = maps.address(flow.remote);
-    let identity = match peer {
-        Some(peer) => peer.identity,
-        None => IDENTITY_WORLD,
-    };
+    let peer = peer_at(maps, flow.remote);
+    let identity = peer.identity;
     // A socket of one pod used by a task of another proves nothing.
     if !nested && is_foreign(flow) && mode.is_enforced() {
         return conclude(entry, config, identity, Reason::IdentityMismatch, EPERM, NO_POLICY);
@@ -268,10 +278,7 @@ pub fn decide_egress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
         return conclude(entry, config, identity, Reason::PodUnregistered, EPERM, NO_POLICY);
     }
     let observing = matches!(mode, Mode::Observe);
-    let enrollable = match peer {
-        Some(peer) => peer.flags & address::ENROLLABLE != 0,
-        None => false,
-    };
+    let enrollable = peer.flags & address::ENROLLABLE != 0;
     let how = if observing && enrollable { known::AUTHENTICATED } else { known::ADDRESS };
     let (reason, policy) = judge(maps, flow, Direction::Egress, how, identity, flow.remote_port);
     if flow.protocol != proto::TCP {
@@ -289,38 +296,32 @@ pub fn decide_egress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
     }
     let mut tunnel = false;
     let mut refusal = Reason::Allowed;
-    match peer {
-        Some(peer) if peer.kind == address::POD => {
-            if peer.flags & address::ENROLLED != 0 {
-                if peer.flags & address::SERVED != 0 {
-                    tunnel = true;
-                } else if strict {
-                    refusal = Reason::PeerUnreachable;
-                }
+    if peer.kind == address::POD {
+        if peer.flags & address::ENROLLED != 0 {
+            if peer.flags & address::SERVED != 0 {
+                tunnel = true;
+            } else if strict {
+                refusal = Reason::PeerUnreachable;
             }
         }
-        Some(peer) if peer.kind == address::SERVICE => {
-            match maps.service(flow.remote, flow.remote_port, flow.protocol) {
-                Some(flags) if flags & service::NO_ENDPOINTS != 0 => {
-                    refusal = Reason::PeerUnreachable;
-                }
-                Some(flags) => tunnel = flags & service::TUNNEL != 0,
-                None if strict => refusal = Reason::PeerUnreachable,
-                None => {}
+    } else if peer.kind == address::SERVICE {
+        match maps.service(flow.remote, flow.remote_port, flow.protocol) {
+            Some(flags) if flags & service::NO_ENDPOINTS != 0 => {
+                refusal = Reason::PeerUnreachable;
             }
+            Some(flags) => tunnel = flags & service::TUNNEL != 0,
+            None if strict => refusal = Reason::PeerUnreachable,
+            None => {}
         }
-        Some(_) => {}
-        None if strict || observing => {
-            let within = match maps.range(flow.remote) {
-                Some(kind) => kind != range::OUTSIDE,
-                // No ranges known: nothing can be told apart, and strict refuses.
-                None => config.ranges_known == 0,
-            };
-            if within {
-                refusal = Reason::IdentityUnknown;
-            }
+    } else if peer.kind == UNKNOWN_ADDRESS && (strict || observing) {
+        let within = match maps.range(flow.remote) {
+            Some(kind) => kind != range::OUTSIDE,
+            // No ranges known: nothing can be told apart, and strict refuses.
+            None => config.ranges_known == 0,
+        };
+        if within {
+            refusal = Reason::IdentityUnknown;
         }
-        None => {}
     }
     if refusal as u16 != Reason::Allowed as u16 {
         return conclude(entry, config, identity, refusal, ECONNREFUSED, NO_POLICY);
@@ -381,11 +382,8 @@ pub fn decide_ingress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
             ..Decision::UNTOUCHED
         };
     }
-    let peer = maps.address(flow.remote);
-    let (identity, enrollable) = match peer {
-        Some(peer) => (peer.identity, peer.flags & address::ENROLLABLE != 0),
-        None => (IDENTITY_WORLD, false),
-    };
+    let peer = peer_at(maps, flow.remote);
+    let (identity, enrollable) = (peer.identity, peer.flags & address::ENROLLABLE != 0);
     let listener = tcp
         && enforced
         && (flow.local_port == entry.listener4
