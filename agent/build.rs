@@ -1,5 +1,5 @@
 //! Builds the eBPF objects with the toolchain that `cargo xtask setup` found and puts them
-//! into `OUT_DIR`, where the `kernel` room embeds them.
+//! into `OUT_DIR`, where the `kernel` room embeds them; generates the gRPC code.
 
 use std::{
     env, fs,
@@ -25,7 +25,11 @@ const OUTER: [&str; 8] = [
     "RUSTUP_TOOLCHAIN",
 ];
 
+#[path = "build/proto.rs"]
+mod proto;
+
 fn main() -> anyhow::Result<()> {
+    proto::generate()?;
     programs()
 }
 

@@ -20,5 +20,6 @@ pub mod cluster;
 pub mod endpoint;
 pub mod flow;
 pub mod policy;
+pub mod proto;
 pub mod spiffe;
 pub mod telemetry;
