@@ -19,6 +19,8 @@
 pub mod cluster;
 pub mod endpoint;
 pub mod flow;
+pub mod kernel;
+pub mod netns;
 pub mod policy;
 pub mod proto;
 pub mod spiffe;

@@ -2,7 +2,9 @@
 
 use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
+use arc_swap::ArcSwap;
 use signet_ebpf::abi::Mode;
+use tokio::sync::watch;
 
 use crate::{
     cluster::model::{Pod, World},
@@ -78,4 +80,67 @@ pub struct Waiting {
     pub pod: Arc<Pod>,
     /// For people: what is missing and where it was looked for.
     pub reason: String,
+}
+
+impl NodeState {
+    /// The state before anything is applied.
+    pub fn empty(node: Arc<str>, world: Arc<World>) -> Self {
+        Self {
+            revision: 0,
+            node,
+            world,
+            endpoints: HashMap::new(),
+            waiting: Vec::new(),
+            identities: Arc::default(),
+            policies: Arc::default(),
+        }
+    }
+
+    /// The registered endpoint that has `ip` as one of its own addresses.
+    pub fn endpoint_by_ip(&self, ip: IpAddr) -> Option<&Arc<EndpointState>> {
+        self.endpoints.values().find(|e| e.addresses.contains(&ip))
+    }
+}
+
+/// Reads the node's state; clones see the same one.
+#[derive(Clone)]
+pub struct NodeStateHandle {
+    current: Arc<ArcSwap<NodeState>>,
+    published: watch::Receiver<u64>,
+}
+
+impl NodeStateHandle {
+    /// The state as of now.
+    pub fn current(&self) -> Arc<NodeState> {
+        self.current.load_full()
+    }
+
+    /// Counts publications: it changes after [`NodeStateHandle::current`] does, at every
+    /// change that open flows are to be judged by again. It is not the world's revision,
+    /// because pods appear and become ready within one.
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
+        self.published.clone()
+    }
+}
+
+/// Publishes the node's state; the reconciler holds the only one.
+pub struct NodeStatePublisher {
+    current: Arc<ArcSwap<NodeState>>,
+    published: watch::Sender<u64>,
+}
+
+impl NodeStatePublisher {
+    /// A publisher of `initial` and its readers' handle.
+    pub fn new(initial: NodeState) -> (Self, NodeStateHandle) {
+        let current = Arc::new(ArcSwap::from_pointee(initial));
+        let (published, receiver) = watch::channel(0);
+        let handle = NodeStateHandle { current: current.clone(), published: receiver };
+        (Self { current, published }, handle)
+    }
+
+    /// Replaces the state, then tells the readers.
+    pub fn publish(&self, state: NodeState) {
+        self.current.store(Arc::new(state));
+        self.published.send_modify(|n| *n += 1);
+    }
 }

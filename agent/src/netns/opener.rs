@@ -1,0 +1,203 @@
+//! The one thread that enters network namespaces.
+
+use std::{
+    io,
+    net::SocketAddr,
+    os::fd::{AsFd, OwnedFd},
+    sync::{Arc, mpsc},
+    thread,
+};
+
+use rustix::{
+    net::{
+        AddressFamily, Protocol, SocketFlags, SocketType, bind, ipproto, listen, socket_with,
+        sockopt,
+    },
+    thread::{LinkNameSpaceType, move_into_link_name_space},
+};
+use tokio::sync::oneshot;
+
+use super::{NetnsFd, cookie_here};
+
+/// Opens sockets inside pods' network namespaces; clones share one thread.
+///
+/// The sockets belong to the agent's cgroup (so its own programs see them, the workloads'
+/// do not) and to the pod's network.
+#[derive(Clone)]
+pub struct NetnsOpener {
+    requests: mpsc::Sender<Request>,
+}
+
+/// What the thread is asked for.
+enum Request {
+    /// Learn the cookie of a namespace.
+    Adopt(OwnedFd, oneshot::Sender<io::Result<NetnsFd>>),
+    /// Make a socket.
+    Socket(Arc<NetnsFd>, Make, oneshot::Sender<io::Result<OwnedFd>>),
+}
+
+/// Which socket.
+enum Make {
+    Tcp { ipv6: bool },
+    Listener { address: SocketAddr, backlog: u32 },
+    Netlink { protocol: u32 },
+}
+
+impl NetnsOpener {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// Where no thread can be made.
+    pub fn start() -> io::Result<Self> {
+        let (requests, queue) = mpsc::channel();
+        thread::Builder::new().name("netns".into()).spawn(move || serve(&queue))?;
+        Ok(Self { requests })
+    }
+
+    /// Turns an open `/proc/<pid>/ns/net` into a [`NetnsFd`] by asking a socket in it for
+    /// the cookie.
+    pub async fn adopt(&self, fd: OwnedFd) -> io::Result<NetnsFd> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Request::Adopt(fd, reply))?;
+        answer.await.map_err(|_| stopped())?
+    }
+
+    /// A TCP socket, non-blocking and close-on-exec, neither bound nor connected.
+    pub async fn tcp_socket(&self, netns: &Arc<NetnsFd>, ipv6: bool) -> io::Result<OwnedFd> {
+        self.make(netns, Make::Tcp { ipv6 }).await
+    }
+
+    /// A listening TCP socket, non-blocking and close-on-exec; port 0 takes a free one.
+    /// IPv6 listeners take IPv6 only; nothing may share the port.
+    pub async fn tcp_listener(
+        &self,
+        netns: &Arc<NetnsFd>,
+        address: SocketAddr,
+        backlog: u32,
+    ) -> io::Result<OwnedFd> {
+        self.make(netns, Make::Listener { address, backlog }).await
+    }
+
+    /// A raw netlink socket of `protocol`, close-on-exec, blocking with a timeout of one
+    /// second: dumps are answered by the kernel at once.
+    pub async fn netlink(&self, netns: &Arc<NetnsFd>, protocol: isize) -> io::Result<OwnedFd> {
+        let protocol = u32::try_from(protocol).map_err(|_| io::ErrorKind::InvalidInput)?;
+        self.make(netns, Make::Netlink { protocol }).await
+    }
+
+    async fn make(&self, netns: &Arc<NetnsFd>, make: Make) -> io::Result<OwnedFd> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Request::Socket(netns.clone(), make, reply))?;
+        answer.await.map_err(|_| stopped())?
+    }
+
+    fn send(&self, request: Request) -> io::Result<()> {
+        self.requests.send(request).map_err(|_| stopped())
+    }
+}
+
+fn stopped() -> io::Error {
+    io::Error::other("the thread that enters network namespaces has ended")
+}
+
+/// Serves requests until every [`NetnsOpener`] is gone.
+fn serve(queue: &mpsc::Receiver<Request>) {
+    // Whoever asked may have given up meanwhile: a failed reply only closes the socket.
+    while let Ok(request) = queue.recv() {
+        match request {
+            Request::Adopt(fd, reply) => {
+                let result = enter(&fd).and_then(|()| cookie_here());
+                let _ = reply.send(result.map(|cookie| NetnsFd { fd, cookie }));
+            }
+            Request::Socket(netns, make, reply) => {
+                let _ = reply.send(enter(&netns.fd).and_then(|()| open(&make)));
+            }
+        }
+    }
+}
+
+/// Moves this thread. It is never moved back: every request enters its own namespace.
+fn enter(netns: &OwnedFd) -> io::Result<()> {
+    Ok(move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network))?)
+}
+
+fn open(make: &Make) -> io::Result<OwnedFd> {
+    match *make {
+        Make::Tcp { ipv6 } => tcp(if ipv6 { AddressFamily::INET6 } else { AddressFamily::INET }),
+        Make::Listener { address, backlog } => {
+            let family = if address.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
+            let socket = tcp(family)?;
+            if address.is_ipv6() {
+                sockopt::set_ipv6_v6only(&socket, true)?;
+            }
+            bind(&socket, &address)?;
+            listen(&socket, i32::try_from(backlog).unwrap_or(i32::MAX))?;
+            Ok(socket)
+        }
+        Make::Netlink { protocol } => {
+            let protocol = std::num::NonZeroU32::new(protocol).map(Protocol::from_raw);
+            let socket = socket_with(
+                AddressFamily::NETLINK,
+                SocketType::RAW,
+                SocketFlags::CLOEXEC,
+                protocol,
+            )?;
+            sockopt::set_socket_timeout(
+                &socket,
+                sockopt::Timeout::Recv,
+                Some(std::time::Duration::from_secs(1)),
+            )?;
+            Ok(socket)
+        }
+    }
+}
+
+fn tcp(family: AddressFamily) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    Ok(socket_with(family, SocketType::STREAM, flags, Some(ipproto::TCP))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Both halves need root: the sandbox of the tests has it, a developer's may not.
+    fn is_root() -> bool {
+        rustix::process::geteuid().is_root()
+    }
+
+    #[tokio::test]
+    async fn sockets_are_made_in_the_namespace_that_was_asked_for() {
+        if !is_root() {
+            return;
+        }
+        let opener = NetnsOpener::start().unwrap();
+        let (tx, rx) = mpsc::channel();
+        let (hold, release) = mpsc::channel::<()>();
+        // A thread of its own network namespace, to be entered from outside.
+        let other = thread::spawn(move || {
+            rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET).unwrap();
+            let fd = std::fs::File::open("/proc/thread-self/ns/net").unwrap();
+            tx.send(OwnedFd::from(fd)).unwrap();
+            let _ = release.recv();
+        });
+        let here = Arc::new(NetnsFd::of_this_process().unwrap());
+        let there = Arc::new(opener.adopt(rx.recv().unwrap()).await.unwrap());
+        assert_ne!(here.cookie, there.cookie);
+
+        let socket = opener.tcp_socket(&there, true).await.unwrap();
+        assert_eq!(super::super::cookie_of_socket(socket.as_fd()).unwrap(), there.cookie);
+        let socket = opener.tcp_socket(&here, false).await.unwrap();
+        assert_eq!(super::super::cookie_of_socket(socket.as_fd()).unwrap(), here.cookie);
+
+        // A port that is taken here is free there.
+        let listener = opener.tcp_listener(&here, "0.0.0.0:0".parse().unwrap(), 16).await.unwrap();
+        let address = socket2::SockRef::from(&listener).local_addr().unwrap();
+        let address = address.as_socket().unwrap();
+        let error = opener.tcp_listener(&here, address, 16).await.expect_err("taken here");
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+        opener.tcp_listener(&there, address, 16).await.expect("free there");
+        drop(hold);
+        other.join().unwrap();
+    }
+}
