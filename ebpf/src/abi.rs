@@ -75,8 +75,6 @@ pub mod proto {
     pub const TCP: u8 = 6;
     /// UDP.
     pub const UDP: u8 = 17;
-    /// In a [`super::PolicyKey`]: neither TCP nor UDP.
-    pub const OTHER: u8 = 0;
 }
 
 /// The port on which a served pod accepts tunnels (HBONE's convention).

@@ -15,7 +15,7 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use signet_ebpf::{
-    abi::{Handover, Ip, counter, feature, hook, proto},
+    abi::{Handover, Ip, counter, feature, hook},
     decide::{Action, EPERM, Flow, PolicyMaps, decide_egress},
 };
 
@@ -101,8 +101,8 @@ fn connect(ctx: &SockAddrContext, v6: bool) -> i32 {
     }
     let flow = flow_of(ctx, v6);
     let decision = decide_egress(&Kernel, &flow);
-    if decision.report && !(flow.protocol == proto::UDP && decision.action == Action::Pass) {
-        // Connected UDP that passes is reported with its first packet.
+    // What passes is reported with its first packet, where both ports are known.
+    if decision.report && decision.action == Action::Refuse {
         // SAFETY: plain helper call.
         report(&flow, &decision, false, hook::CONNECT, unsafe { bpf_get_current_cgroup_id() });
     }
@@ -188,6 +188,5 @@ fn sendmsg(ctx: &SockAddrContext, v6: bool) -> i32 {
         }
         return refuse(decision.errno);
     }
-    // What passes is reported with its first packet, where both ports are known.
     1
 }

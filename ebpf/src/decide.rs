@@ -155,20 +155,15 @@ fn judge<M: PolicyMaps>(
     identity: u32,
     port: u16,
 ) -> (Reason, PolicyValue) {
-    let protocol = match flow.protocol {
-        proto::TCP => proto::TCP,
-        proto::UDP => proto::UDP,
-        _ => proto::OTHER,
-    };
     let class = match maps.policy(flow.netns, 160, &PolicyKey::class(direction, flow.remote)) {
         Some(value) => value.number,
         None => 0,
     };
-    let exact = PolicyKey::rule(direction, how, protocol, class, identity, port);
+    let exact = PolicyKey::rule(direction, how, flow.protocol, class, identity, port);
     let found = match maps.policy(flow.netns, 112, &exact) {
         Some(value) => Some(value),
         None => {
-            let any = PolicyKey::rule(direction, how, protocol, class, IDENTITY_ANY, port);
+            let any = PolicyKey::rule(direction, how, flow.protocol, class, IDENTITY_ANY, port);
             maps.policy(flow.netns, 112, &any)
         }
     };
@@ -228,6 +223,16 @@ fn peer_at<M: PolicyMaps>(maps: &M, ip: Ip) -> AddressEntry {
     }
 }
 
+/// Neither TCP nor UDP: `otherProtocols` says, for all of them; packets that pass are not
+/// reported one by one.
+#[inline(always)]
+fn other_protocol(entry: &PodEntry, config: &Config, identity: u32, errno: u16) -> Decision {
+    if entry.flags & pod::DENY_OTHER == 0 {
+        return Decision::UNTOUCHED;
+    }
+    conclude(entry, config, identity, Reason::PolicyDeny, errno, NO_POLICY)
+}
+
 /// True when two namespaces belong to two different pods.
 #[inline(always)]
 fn is_foreign(flow: &Flow) -> bool {
@@ -277,14 +282,14 @@ pub fn decide_egress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
     if nested && strict {
         return conclude(entry, config, identity, Reason::PodUnregistered, EPERM, NO_POLICY);
     }
+    if flow.protocol != proto::TCP && flow.protocol != proto::UDP {
+        return other_protocol(entry, config, identity, EPERM);
+    }
     let observing = matches!(mode, Mode::Observe);
     let enrollable = peer.flags & address::ENROLLABLE != 0;
     let how = if observing && enrollable { known::AUTHENTICATED } else { known::ADDRESS };
     let (reason, policy) = judge(maps, flow, Direction::Egress, how, identity, flow.remote_port);
     if flow.protocol != proto::TCP {
-        if flow.protocol != proto::UDP && entry.flags & pod::DENY_OTHER != 0 {
-            return conclude(entry, config, identity, Reason::PolicyDeny, EPERM, NO_POLICY);
-        }
         return conclude(entry, config, identity, reason, EPERM, policy);
     }
     // A DENY that an address satisfies is answered here; an ALLOW that misses may still
@@ -410,8 +415,8 @@ pub fn decide_ingress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
         if plaintext_refused && !maps.is_exempt(flow.netns, flow.local_port, flow.protocol) {
             return conclude(entry, config, identity, Reason::PlaintextRefused, 0, NO_POLICY);
         }
-    } else if flow.protocol != proto::UDP && entry.flags & pod::DENY_OTHER != 0 {
-        return conclude(entry, config, identity, Reason::PolicyDeny, 0, NO_POLICY);
+    } else if flow.protocol != proto::UDP {
+        return other_protocol(entry, config, identity, 0);
     }
     let how = if observing && enrollable && tcp { known::AUTHENTICATED } else { known::ADDRESS };
     let (reason, policy) = judge(maps, flow, Direction::Ingress, how, identity, flow.local_port);

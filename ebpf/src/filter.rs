@@ -16,7 +16,7 @@ use aya_ebpf::{
 };
 use signet_ebpf::{
     abi::{FlowKey, Ip, UdpFlow, counter, feature, hook, proto},
-    decide::{Action, Decision, Flow, decide_egress, decide_ingress},
+    decide::{Action, Decision, Flow, PolicyMaps, decide_egress, decide_ingress},
 };
 
 const PASS: i32 = 1;
@@ -170,8 +170,7 @@ fn filter(ctx: &SkBuffContext, ingress: bool) -> i32 {
     let decision = judge(&flow, ingress);
     match decision.action {
         Action::Pass => {
-            // Connect has reported what it let through; what arrives is reported here.
-            if ingress && decision.report {
+            if decision.report {
                 send(ctx, &flow, &decision, ingress);
             }
             PASS
@@ -208,47 +207,45 @@ fn udp(ctx: &SkBuffContext, flow: &Flow, ingress: bool) -> i32 {
         remote: flow.remote,
         local_port: flow.local_port,
         remote_port: flow.remote_port,
-        // The direction of the first packet: an answer is judged as what it answers.
         family: 0,
     };
-    let tracked = UDP_FLOWS.get_ptr_mut(&key);
-    if let Some(tracked) = tracked {
+    let mut known = false;
+    if let Some(tracked) = UDP_FLOWS.get_ptr_mut(&key) {
         // SAFETY: a live map value.
         let (last, revision) = unsafe { ((*tracked).last, (*tracked).revision) };
-        let own = revision & INGRESS_BIT != 0;
-        let fresh = flow.now.wrapping_sub(last) < UDP_IDLE_NS;
+        known = flow.now.wrapping_sub(last) < UDP_IDLE_NS;
+        let began_here = (revision & INGRESS_BIT != 0) == ingress;
         let current = revision & !INGRESS_BIT == policy_revision(flow.netns);
         // A packet of the direction that began the flow is judged again when the policy
         // changed; an answer follows the flow while it is admitted.
-        if fresh && (current || own != ingress) {
+        if known && (current || !began_here) {
             // SAFETY: as above.
             unsafe { (*tracked).last = flow.now };
             return PASS;
         }
     }
     let decision = judge(flow, ingress);
-    match decision.action {
-        Action::Refuse => {
-            let _ = UDP_FLOWS.remove(&key);
-            send(ctx, flow, &decision, ingress);
-            DROP
-        }
-        _ => {
-            if !decision.report {
-                return PASS;
-            }
-            let entry = UdpFlow {
-                last: flow.now,
-                revision: decision.revision | if ingress { INGRESS_BIT } else { 0 },
-            };
-            if UDP_FLOWS.insert(&key, &entry, 0).is_err() {
-                count(counter::UDP_FULL);
-                return if decision.mode.is_enforced() { DROP } else { PASS };
-            }
-            send(ctx, flow, &decision, ingress);
-            PASS
-        }
+    if let Action::Refuse = decision.action {
+        let _ = UDP_FLOWS.remove(&key);
+        send(ctx, flow, &decision, ingress);
+        return DROP;
     }
+    if !decision.report {
+        return PASS;
+    }
+    let entry = UdpFlow {
+        last: flow.now,
+        revision: decision.revision | if ingress { INGRESS_BIT } else { 0 },
+    };
+    if UDP_FLOWS.insert(&key, &entry, 0).is_err() {
+        count(counter::UDP_FULL);
+        // Without an entry its answers would be judged as new flows.
+        return if decision.mode.is_enforced() { DROP } else { PASS };
+    }
+    if !known {
+        send(ctx, flow, &decision, ingress);
+    }
+    PASS
 }
 
 /// Marks a tracked flow whose first packet arrived from outside.
@@ -257,7 +254,6 @@ const INGRESS_BIT: u64 = 1 << 63;
 /// Revision of the pod's entry, 0 when it is not registered.
 #[inline(always)]
 fn policy_revision(netns: u64) -> u64 {
-    use signet_ebpf::decide::PolicyMaps;
     match Kernel.pod(netns) {
         Some(entry) => entry.revision,
         None => 0,

@@ -315,9 +315,7 @@ fn within_rate(flow: &Flow) -> bool {
                 (*rate).sent <= limit
             }
         }
-        None => {
-            let _ = RATE.insert(&flow.netns, &RateWindow { window, sent: 1 }, 0);
-            true
-        }
+        // No room: the drop counters still tell.
+        None => RATE.insert(&flow.netns, &RateWindow { window, sent: 1 }, 0).is_ok(),
     }
 }
