@@ -161,6 +161,10 @@ macro_rules! define_reason {
     ($($variant:ident = $number:literal $name:literal $doc:literal,)*) => {
         /// Why a flow got its verdict (DESIGN §2).
         #[repr(u16)]
+        #[allow(
+            clippy::manual_non_exhaustive,
+            reason = "the hidden variant is the value of memory that nobody set"
+        )]
         #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
         pub enum Reason {
             $(#[doc = $doc] $variant = $number,)*

@@ -15,6 +15,11 @@ pub fn run(command: &mut Command) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Prints the command and runs it without its standard output; fails when it fails.
+pub fn quietly(command: &mut Command) -> anyhow::Result<()> {
+    run(command.stdout(Stdio::null()))
+}
+
 /// Runs a program quietly and returns its standard output; `None` when it is missing or fails.
 pub fn output(program: &str, arguments: &[&str]) -> Option<String> {
     let output = Command::new(program)

@@ -4,7 +4,9 @@
 //! the product: 1 when the answer is no, 6 when this host cannot do what was asked.
 #![forbid(unsafe_code)]
 
+mod check;
 mod command;
+mod ebpf;
 mod failure;
 mod setup;
 mod toolchain;
@@ -34,6 +36,13 @@ enum Chore {
         #[arg(long)]
         release: bool,
     },
+    /// Hold the rules of the house: import floors, file sizes, names, `unsafe`, documentation;
+    /// then rustfmt and clippy, of the eBPF programs too.
+    Check {
+        /// Only the rules, which need no build.
+        #[arg(long)]
+        rules: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -60,5 +69,6 @@ fn run(chore: Chore) -> anyhow::Result<()> {
             }
             command::run(&mut build)
         }
+        Chore::Check { rules } => check::run(&workspace, rules),
     }
 }

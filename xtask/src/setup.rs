@@ -167,6 +167,20 @@ fn linker_build(workspace: &Workspace, llvm: u32, prefix: &Path) -> Command {
     cargo
 }
 
+/// Installs clippy for the compiler of the eBPF programs (only `cargo xtask check` wants it).
+pub fn install_clippy(kind: Kind) -> anyhow::Result<()> {
+    match kind {
+        Kind::DebianWeb => Apt::default().install(&["rust-web-clippy"]),
+        Kind::RustupNightly => command::run(Command::new("rustup").args([
+            "component",
+            "add",
+            "clippy",
+            "--toolchain",
+            "nightly",
+        ])),
+    }
+}
+
 /// The distribution's packages.
 #[derive(Default)]
 struct Apt {
