@@ -25,3 +25,4 @@ pub mod policy;
 pub mod proto;
 pub mod spiffe;
 pub mod telemetry;
+pub mod tunnel;
