@@ -17,6 +17,7 @@
 //! 9. [`cli`] is the command line.
 
 pub mod cluster;
+pub mod config;
 pub mod endpoint;
 pub mod flow;
 pub mod kernel;

@@ -1,3 +1,5 @@
 //! Policies: sources to one model, evaluation, compilation for the kernel.
 
+pub mod compile;
+pub mod evaluate;
 pub mod model;

@@ -3,12 +3,24 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use ipnet::IpNet;
+use signet_ebpf::abi::Direction;
 
 /// Every policy, in evaluation order, with numbers for the kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PolicySet {
     /// All of them.
     pub policies: Vec<Arc<Policy>>,
+}
+
+impl PolicySet {
+    /// The policies that are about a pod, in evaluation order.
+    pub fn selecting(
+        &self,
+        namespace: &str,
+        labels: &BTreeMap<Arc<str>, Arc<str>>,
+    ) -> Vec<Arc<Policy>> {
+        self.policies.iter().filter(|p| p.selector.selects(namespace, labels)).cloned().collect()
+    }
 }
 
 /// What a policy does to a flow that it matches.
@@ -33,6 +45,16 @@ pub struct PolicyName {
     pub name: Arc<str>,
 }
 
+impl std::fmt::Display for PolicyName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.namespace.is_empty() {
+            write!(f, "{}/{}", self.kind, self.name)
+        } else {
+            write!(f, "{}/{}/{}", self.kind, self.namespace, self.name)
+        }
+    }
+}
+
 /// A policy.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Policy {
@@ -54,6 +76,24 @@ pub struct Policy {
     pub unsupported: Vec<String>,
 }
 
+impl Policy {
+    /// True when the policy speaks about the direction at all.
+    pub fn governs(&self, direction: Direction) -> bool {
+        match direction {
+            Direction::Ingress => self.governs_ingress,
+            Direction::Egress => self.governs_egress,
+        }
+    }
+
+    /// Its rules for the direction.
+    pub fn rules(&self, direction: Direction) -> &[Rule] {
+        match direction {
+            Direction::Ingress => &self.ingress,
+            Direction::Egress => &self.egress,
+        }
+    }
+}
+
 /// Which pods a policy is about.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Selector {
@@ -61,6 +101,14 @@ pub struct Selector {
     pub namespace: Option<Arc<str>>,
     /// All of these labels; empty: every pod.
     pub labels: BTreeMap<Arc<str>, Arc<str>>,
+}
+
+impl Selector {
+    /// True for a pod with these labels in this namespace.
+    pub fn selects(&self, namespace: &str, labels: &BTreeMap<Arc<str>, Arc<str>>) -> bool {
+        self.namespace.as_deref().is_none_or(|own| own == namespace)
+            && self.labels.iter().all(|(key, value)| labels.get(key) == Some(value))
+    }
 }
 
 /// One rule: peers AND ports.
@@ -72,7 +120,8 @@ pub struct Rule {
     pub ports: Vec<Ports>,
     /// Ports that it does not cover.
     pub not_ports: Vec<Ports>,
-    /// An identity known only by its address satisfies an ALLOW too.
+    /// An identity known only by its address counts as if it were proven: it satisfies an
+    /// ALLOW too, and it averts a DENY's `not…`.
     pub unauthenticated: bool,
 }
 
@@ -97,6 +146,18 @@ pub struct Peer {
     pub not_ip_blocks: Vec<IpNet>,
 }
 
+impl Peer {
+    /// True when it says anything about who the other side is, beyond its address.
+    pub fn constrains_identity(&self) -> bool {
+        !(self.identities.is_empty()
+            && self.not_identities.is_empty()
+            && self.namespaces.is_empty()
+            && self.not_namespaces.is_empty()
+            && self.service_accounts.is_empty()
+            && self.not_service_accounts.is_empty())
+    }
+}
+
 /// A port range of a protocol.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Ports {
@@ -104,6 +165,6 @@ pub struct Ports {
     pub first: u16,
     /// Last port, inclusive.
     pub last: u16,
-    /// IP protocol, `None` for TCP and UDP.
+    /// IP protocol, TCP or UDP; `None` for both.
     pub protocol: Option<u8>,
 }

@@ -46,6 +46,18 @@ impl SpiffeId {
         Self::parse(&format!("spiffe://{}/ns/{namespace}/sa/{service_account}", domain.as_str()))
     }
 
+    /// Its trust domain.
+    pub fn trust_domain(&self) -> TrustDomain {
+        let rest = self.0.strip_prefix("spiffe://").unwrap_or(&self.0);
+        TrustDomain(rest.split('/').next().unwrap_or(rest).into())
+    }
+
+    /// Namespace and service account of `spiffe://<td>/ns/<namespace>/sa/<service account>`.
+    pub fn workload(&self) -> Option<(&str, &str)> {
+        let (_, path) = self.0.strip_prefix("spiffe://")?.split_once('/')?;
+        path.strip_prefix("ns/")?.split_once("/sa/")
+    }
+
     /// The whole ID.
     pub fn as_str(&self) -> &str {
         &self.0

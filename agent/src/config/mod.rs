@@ -1,0 +1,3 @@
+//! The agent's configuration: a file, below the environment, below flags.
+
+pub mod yaml;
