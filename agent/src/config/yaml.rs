@@ -160,9 +160,9 @@ fn fault_of(error: serde_saphyr::Error) -> Fault {
         None => text,
     };
     let text = match text.strip_prefix("error: ") {
-        Some(rest) => rest.split_once("column ").map_or(rest, |(_, rest)| {
-            rest.split_once(": ").map_or(rest, |(_, rest)| rest)
-        }),
+        Some(rest) => rest
+            .split_once("column ")
+            .map_or(rest, |(_, rest)| rest.split_once(": ").map_or(rest, |(_, rest)| rest)),
         None => text,
     };
     Fault::new(line, format!("not valid YAML: {text}"))
@@ -577,7 +577,10 @@ mod tests {
         assert!(parse(&fits).is_ok());
         let mut bomb = String::from("a: &a [x,x,x,x,x,x,x,x,x,x]\n");
         for (this, last) in "bcdefgh".chars().zip("abcdefg".chars()) {
-            bomb.push_str(&format!("{this}: &{this} [{}]\n", vec![format!("*{last}"); 10].join(",")));
+            bomb.push_str(&format!(
+                "{this}: &{this} [{}]\n",
+                vec![format!("*{last}"); 10].join(",")
+            ));
         }
         assert!(parse(&bomb).is_err());
         let wide = format!("[{}]", "1,".repeat(MAX_NODES + 1));

@@ -1,0 +1,363 @@
+//! The table of configuration keys.
+
+use std::{fmt::Display, path::PathBuf, str::FromStr, time::Duration};
+
+use super::{
+    AgentConfig,
+    values::{Authority, Enforcement, LogFormat, UnknownPods, WhenAgentDead, parse_range},
+    yaml::shorten,
+};
+
+/// When a changed value takes effect.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Apply {
+    /// At once.
+    Live,
+    /// When the agent starts again.
+    Restart,
+}
+
+/// A configuration key.
+#[derive(Debug)]
+pub struct Key {
+    /// Name in the file; a dot leads into a section.
+    pub name: &'static str,
+    /// When a change takes effect.
+    pub apply: Apply,
+    /// True for a list: in the file a YAML list, elsewhere comma-separated.
+    pub list: bool,
+    /// What its values look like, for `--help` and the reference page.
+    pub form: &'static str,
+    /// What it means.
+    pub doc: &'static str,
+    /// Sets it from text; the error is value and remedy.
+    pub(super) set: fn(&mut AgentConfig, &[String]) -> Result<(), String>,
+    /// Its present value as text that parses again; empty when it is unset.
+    pub(super) get: fn(&AgentConfig) -> Vec<String>,
+}
+
+impl Key {
+    /// The key of this name.
+    pub fn by_name(name: &str) -> Option<&'static Self> {
+        KEYS.iter().find(|key| key.name == name)
+    }
+
+    /// Its environment variable.
+    pub fn env(&self) -> String {
+        format!("SIGNET_{}", self.split('_').to_uppercase())
+    }
+
+    /// Its flag, without the dashes.
+    pub fn flag(&self) -> String {
+        self.split('-')
+    }
+
+    /// The key in the file's top level: the name, or its section.
+    pub(super) fn section(&self) -> &'static str {
+        self.name.split('.').next().unwrap_or(self.name)
+    }
+
+    /// Its default as [`Self::show`] writes it.
+    pub fn default_text(&self) -> String {
+        self.show(&AgentConfig::default())
+    }
+
+    /// Its value in a configuration, as YAML.
+    pub fn show(&self, config: &AgentConfig) -> String {
+        let values = (self.get)(config);
+        if self.list {
+            let quoted: Vec<String> = values.iter().map(|v| quote(v)).collect();
+            return format!("[{}]", quoted.join(", "));
+        }
+        match values.first() {
+            Some(value) => quote(value),
+            None => "null".into(),
+        }
+    }
+
+    /// `limits.openFlows` → `limits-open-flows`.
+    fn split(&self, by: char) -> String {
+        let mut out = String::new();
+        for c in self.name.chars() {
+            match c {
+                '.' => out.push(by),
+                c if c.is_ascii_uppercase() => {
+                    out.push(by);
+                    out.push(c.to_ascii_lowercase());
+                }
+                c => out.push(c),
+            }
+        }
+        out
+    }
+}
+
+/// Plain where YAML reads the same text back, else quoted.
+fn quote(value: &str) -> String {
+    let plain = !value.is_empty()
+        && value.chars().all(|c| c.is_ascii_alphanumeric() || "/._-".contains(c))
+        && !value.starts_with('-')
+        && !["null", "true", "false"].contains(&value.to_ascii_lowercase().as_str());
+    if plain { value.to_owned() } else { format!("{value:?}") }
+}
+
+type Set = Result<(), String>;
+
+fn one(values: &[String]) -> Result<&str, String> {
+    match values {
+        [value] if !value.is_empty() => Ok(value),
+        [] | [_] => Err("nothing where a value is wanted".into()),
+        _ => Err("several values where one is wanted".into()),
+    }
+}
+
+fn path(values: &[String]) -> Result<PathBuf, String> {
+    let value = one(values)?;
+    if !value.starts_with('/') {
+        return Err(format!("{:?} is not an absolute path", shorten(value)));
+    }
+    Ok(value.into())
+}
+
+/// A path below the cgroup2 mount.
+fn cgroup(value: &str) -> Result<String, String> {
+    if !value.starts_with('/') || value.split('/').any(|part| part == "..") {
+        return Err(format!(
+            "{:?} is not a path below the cgroup2 mount; it begins with / and has no ..",
+            shorten(value)
+        ));
+    }
+    Ok(if value == "/" { value.into() } else { value.trim_end_matches('/').into() })
+}
+
+/// A name that becomes a directory's.
+fn label(value: &str, most: usize) -> Result<String, String> {
+    let fine = value.len() <= most
+        && value.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
+        && value
+            .bytes()
+            .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || b"-.".contains(&c));
+    if !fine {
+        return Err(format!(
+            "{:?} is not a name of at most {most} characters a-z, 0-9, - and .",
+            shorten(value)
+        ));
+    }
+    Ok(value.into())
+}
+
+fn trust_domain(value: &str) -> Result<String, String> {
+    let fine = (1..=255).contains(&value.len())
+        && value.bytes().all(|c| {
+            c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, b'.' | b'-' | b'_')
+        });
+    if !fine {
+        return Err(format!(
+            "{:?} is not a trust domain: 1 to 255 characters a-z, 0-9, ., - and _, without \
+             spiffe://",
+            shorten(value)
+        ));
+    }
+    Ok(value.into())
+}
+
+fn duration(values: &[String], least: u64, most: u64) -> Result<Duration, String> {
+    let value = one(values)?;
+    let wrong = || {
+        format!(
+            "{:?} is not a duration from {} to {}; write it like 90s, 10m or 1h",
+            shorten(value),
+            show_duration(Duration::from_secs(least)),
+            show_duration(Duration::from_secs(most)),
+        )
+    };
+    let parsed: jiff::SignedDuration = value.parse().map_err(|_| wrong())?;
+    let duration = Duration::try_from(parsed).map_err(|_| wrong())?;
+    if !(Duration::from_secs(least)..=Duration::from_secs(most)).contains(&duration) {
+        return Err(wrong());
+    }
+    Ok(duration)
+}
+
+fn show_duration(duration: Duration) -> String {
+    let secs = duration.as_secs();
+    let nanos = duration.subsec_nanos();
+    match (secs, nanos) {
+        (s, 0) if s % 3600 == 0 && s > 0 => format!("{}h", s / 3600),
+        (s, 0) if s % 60 == 0 && s > 0 => format!("{}m", s / 60),
+        (s, 0) => format!("{s}s"),
+        (s, n) => format!("{s}s{n}ns"),
+    }
+}
+
+fn number<T>(values: &[String], least: T, most: T) -> Result<T, String>
+where
+    T: FromStr + PartialOrd + Display + Copy,
+{
+    let value = one(values)?;
+    value
+        .parse()
+        .ok()
+        .filter(|n| (least..=most).contains(n))
+        .ok_or_else(|| format!("{:?} is not a whole number from {least} to {most}", shorten(value)))
+}
+
+fn each<T>(values: &[String], read: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
+    values.iter().map(|value| read(value)).collect()
+}
+
+fn shown<T: ToString>(values: &[T]) -> Vec<String> {
+    values.iter().map(T::to_string).collect()
+}
+
+fn shown_path(path: &std::path::Path) -> Vec<String> {
+    vec![path.to_string_lossy().into_owned()]
+}
+
+macro_rules! keys {
+    ($($name:literal $apply:ident $list:literal $form:literal $doc:literal
+        set($sc:ident, $sv:ident) $set:block
+        get($gc:ident) $get:expr;)*) => {
+        /// Every key, in the order in which they are printed.
+        pub static KEYS: &[Key] = &[$(Key {
+            name: $name,
+            apply: Apply::$apply,
+            list: $list,
+            form: $form,
+            doc: $doc,
+            set: |$sc: &mut AgentConfig, $sv: &[String]| -> Set { $set Ok(()) },
+            get: |$gc: &AgentConfig| $get,
+        },)*];
+    };
+}
+
+keys! {
+    "node" Restart false "name" "This node's name, as pods' spec.nodeName has it. Required."
+        set(c, v) { c.node = label(one(v)?, 253)?; }
+        get(c) if c.node.is_empty() { vec![] } else { vec![c.node.clone()] };
+    "clusterDir" Restart false "directory"
+        "Directory of manifests that is followed instead of the Kubernetes API (standalone mode)."
+        set(c, v) { c.cluster_dir = Some(path(v)?); }
+        get(c) c.cluster_dir.iter().flat_map(|p| shown_path(p)).collect();
+    "authority" Restart false "embedded" "Who signs SVIDs."
+        set(c, v) { c.authority = Authority::parse(one(v)?)?; }
+        get(c) vec![c.authority.as_str().into()];
+    "authorityDir" Restart false "directory"
+        "Where the embedded authority keeps its root; the default is authority below stateDir."
+        set(c, v) { c.authority_dir = Some(path(v)?); }
+        get(c) c.authority_dir.iter().flat_map(|p| shown_path(p)).collect();
+    "trustDomain" Restart false "name" "The cluster's own trust domain."
+        set(c, v) { c.trust_domain = trust_domain(one(v)?)?; }
+        get(c) vec![c.trust_domain.clone()];
+    "svidTtl" Restart false "duration" "How long a tunnel SVID is valid; renewed at half of it."
+        set(c, v) { c.svid_ttl = duration(v, 10, 7 * 86_400)?; }
+        get(c) vec![show_duration(c.svid_ttl)];
+    "cgroupRoot" Restart false "path"
+        "The cgroup that holds all pods, below the cgroup2 mount."
+        set(c, v) { c.cgroup_root = cgroup(one(v)?)?; }
+        get(c) vec![c.cgroup_root.clone()];
+    "nodeCgroup" Restart false "path"
+        "The cgroup that holds all of the node's processes, below the cgroup2 mount; the default \
+         is the mount's root."
+        set(c, v) { c.node_cgroup = Some(cgroup(one(v)?)?); }
+        get(c) c.node_cgroup.iter().cloned().collect();
+    "probeCgroups" Restart true "paths"
+        "Cgroups whose connections to pods count as kubelet probes; empty: found from the \
+         listener on port 10250."
+        set(c, v) { c.probe_cgroups = each(v, cgroup)?; }
+        get(c) c.probe_cgroups.clone();
+    "bpffs" Restart false "directory" "Directory on a bpffs below which maps and links are pinned."
+        set(c, v) { c.bpffs = path(v)?; }
+        get(c) shown_path(&c.bpffs);
+    "instance" Restart false "name" "Name of this agent's pins, for several agents on one kernel."
+        set(c, v) { c.instance = label(one(v)?, 63)?; }
+        get(c) vec![c.instance.clone()];
+    "runDir" Restart false "directory" "Sockets are made here: admin/agent.sock, mode 0700."
+        set(c, v) { c.run_dir = path(v)?; }
+        get(c) shown_path(&c.run_dir);
+    "stateDir" Restart false "directory" "What outlives the agent is kept here."
+        set(c, v) { c.state_dir = path(v)?; }
+        get(c) shown_path(&c.state_dir);
+    "unknownPods" Live false "auto|deny|allow"
+        "What becomes of pods that are not registered yet: auto refuses them while the agent is \
+         alive and some namespace is enforced."
+        set(c, v) { c.unknown_pods = UnknownPods::parse(one(v)?)?; }
+        get(c) vec![c.unknown_pods.as_str().into()];
+    "whenAgentDead" Live false "allow|deny"
+        "With unknownPods auto: what becomes of unregistered pods when the agent has been dead \
+         for 30 s. Registered pods stay as they are in any case."
+        set(c, v) { c.when_agent_dead = WhenAgentDead::parse(one(v)?)?; }
+        get(c) vec![c.when_agent_dead.as_str().into()];
+    "enforcement" Live false "enforce|audit|off"
+        "Overrides everything: audit lets pass what would be dropped and reports it, off touches \
+         nothing."
+        set(c, v) { c.enforcement = Enforcement::parse(one(v)?)?; }
+        get(c) vec![c.enforcement.as_str().into()];
+    "neverDeny" Live true "namespaces"
+        "Namespaces whose pods are registered first and never wait, besides kube-system."
+        set(c, v) { c.never_deny = each(v, |n| label(n, 63))?; }
+        get(c) c.never_deny.clone();
+    "clusterDns" Live true "addresses" "The cluster's resolvers, for the built-in DNS rule."
+        set(c, v) {
+            c.cluster_dns = each(v, |a| {
+                a.parse().map_err(|_| format!("{:?} is not an IP address", shorten(a)))
+            })?;
+        }
+        get(c) shown(&c.cluster_dns);
+    "podRanges" Live true "CIDRs"
+        "Address ranges of pods: strict refuses an address inside them that nobody knows. Adds to \
+         what the cluster itself declares."
+        set(c, v) { c.pod_ranges = each(v, parse_range)?; }
+        get(c) shown(&c.pod_ranges);
+    "serviceRanges" Live true "CIDRs" "Address ranges of Services, likewise."
+        set(c, v) { c.service_ranges = each(v, parse_range)?; }
+        get(c) shown(&c.service_ranges);
+    "outsideRanges" Live true "CIDRs" "Parts of the above that lie outside the mesh all the same."
+        set(c, v) { c.outside_ranges = each(v, parse_range)?; }
+        get(c) shown(&c.outside_ranges);
+    "strictGrace" Live false "duration"
+        "How long open plaintext flows may live on after their namespace turned strict."
+        set(c, v) { c.strict_grace = duration(v, 0, 7 * 86_400)?; }
+        get(c) vec![show_duration(c.strict_grace)];
+    "unenrolGrace" Live false "duration"
+        "How long a pod that is no longer enrolled is served for peers that have not heard."
+        set(c, v) { c.unenrol_grace = duration(v, 0, 3600)?; }
+        get(c) vec![show_duration(c.unenrol_grace)];
+    "limits.openFlows" Live false "number" "Open flows of one pod; more are refused."
+        set(c, v) { c.limits.open_flows = number(v, 1, 1_000_000)?; }
+        get(c) vec![c.limits.open_flows.to_string()];
+    "limits.handshakes" Live false "number" "Handshakes in flight towards one pod."
+        set(c, v) { c.limits.handshakes = number(v, 1, 100_000)?; }
+        get(c) vec![c.limits.handshakes.to_string()];
+    "limits.handshakesPerSource" Live false "number"
+        "Handshakes in flight towards one pod from one source address."
+        set(c, v) { c.limits.handshakes_per_source = number(v, 1, 100_000)?; }
+        get(c) vec![c.limits.handshakes_per_source.to_string()];
+    "limits.backlog" Restart false "number" "Backlog of a pod's listeners."
+        set(c, v) { c.limits.backlog = number(v, 1, 65_535)?; }
+        get(c) vec![c.limits.backlog.to_string()];
+    "cores" Restart false "number" "Data-plane threads; the default is one a core."
+        set(c, v) { c.cores = Some(number(v, 1, 1024)?); }
+        get(c) shown(c.cores.as_slice());
+    "eventsPerSecond" Live false "number"
+        "Verdict events of one pod a second; more are counted only."
+        set(c, v) { c.events_per_second = number(v, 1, 1_000_000)?; }
+        get(c) vec![c.events_per_second.to_string()];
+    "logLevel" Live false "directives"
+        "Levels of the log: error, warn, info, debug, trace, or tracing's directives \
+         (info,signet::proxy=debug)."
+        set(c, v) {
+            let value = one(v)?;
+            if tracing_subscriber::EnvFilter::builder().parse(value).is_err() {
+                return Err(format!(
+                    "{:?} is not a log level; write error, warn, info, debug or trace",
+                    shorten(value)
+                ));
+            }
+            c.log_level = value.into();
+        }
+        get(c) vec![c.log_level.clone()];
+    "logFormat" Restart false "text|json" "How log lines are written."
+        set(c, v) { c.log_format = LogFormat::parse(one(v)?)?; }
+        get(c) vec![c.log_format.as_str().into()];
+}
