@@ -119,8 +119,9 @@ fn compile_direction(
     }
     let hows: &[u8] =
         if input.observe { &[known::ADDRESS, known::AUTHENTICATED] } else { &[known::ADDRESS] };
-    for protocol in [proto::TCP, proto::UDP, proto::OTHER] {
-        let segments = segments(input.policies, direction, protocol);
+    let segments = segments(input.policies, direction);
+    // Policy does not speak about other protocols; the kernel asks no rows for them.
+    for protocol in [proto::TCP, proto::UDP] {
         for (&class, &representative) in &classes.representatives {
             let outcomes = |peer: PeerIdentity<'_>| -> Vec<PolicyValue> {
                 let at = |port: u16| {
@@ -268,11 +269,8 @@ fn prefixes(first: u16, last: u16) -> Vec<(u16, u8)> {
     out
 }
 
-/// Ports partitioned by the direction's ranges; for protocols without ports, one segment.
-fn segments(policies: &[Arc<Policy>], direction: Direction, protocol: u8) -> Vec<(u16, u16)> {
-    if protocol == proto::OTHER {
-        return vec![(0, u16::MAX)];
-    }
+/// Ports partitioned by the direction's ranges.
+fn segments(policies: &[Arc<Policy>], direction: Direction) -> Vec<(u16, u16)> {
     let mut starts = BTreeSet::from([0u16]);
     for policy in policies {
         for rule in policy.rules(direction) {

@@ -126,7 +126,7 @@ pub(super) fn rule_matches(action: Action, rule: &Rule, facts: &FlowFacts<'_>) -
 
 fn ports_match(rule: &Rule, facts: &FlowFacts<'_>) -> bool {
     let covers = |ports: &Ports| {
-        // The kernel tells TCP, UDP and the rest apart; a port belongs to the first two.
+        // Only TCP and UDP have ports; other protocols are not policy's to judge.
         let protocol = match facts.protocol {
             proto::TCP | proto::UDP => ports.protocol.is_none_or(|p| p == facts.protocol),
             _ => false,
