@@ -9,6 +9,7 @@ mod command;
 mod ebpf;
 mod failure;
 mod setup;
+mod test;
 mod toolchain;
 mod workspace;
 
@@ -43,6 +44,8 @@ enum Chore {
         #[arg(long)]
         rules: bool,
     },
+    /// Set up, build, and run every test: unit tests, then end to end in the lab (as root).
+    Test(test::Selection),
 }
 
 fn main() -> ExitCode {
@@ -70,5 +73,6 @@ fn run(chore: Chore) -> anyhow::Result<()> {
             command::run(&mut build)
         }
         Chore::Check { rules } => check::run(&workspace, rules),
+        Chore::Test(selection) => test::run(&workspace, &selection),
     }
 }

@@ -1,0 +1,269 @@
+//! `cargo xtask test`: everything that is tested here, in one command.
+//!
+//! Unit tests first, then the end-to-end suite in the lab: whole on the dual-stack network
+//! with every kernel feature in use, then its core once more for each variant.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail};
+
+use crate::{command, failure::Failure, setup, toolchain, workspace::Workspace};
+
+/// What to test.
+#[derive(clap::Args)]
+pub struct Selection {
+    /// Only the unit tests, which need no rights.
+    #[arg(long, conflicts_with = "e2e")]
+    unit: bool,
+    /// Only the end-to-end tests.
+    #[arg(long)]
+    e2e: bool,
+    /// End-to-end at full length: whole suite in every variant, real waiting times.
+    #[arg(long, conflicts_with = "unit")]
+    soak: bool,
+    /// End-to-end tests at a time (each has its own nodes and network).
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    threads: usize,
+    /// Only these variants of the end-to-end suite (`dual` runs all of it, the others its core).
+    #[arg(long, value_name = "VARIANT")]
+    variant: Vec<Variant>,
+    /// Only tests whose name contains this (in every variant asked for, `dual` by default).
+    filter: Option<String>,
+}
+
+impl Selection {
+    fn variants(&self) -> &[Variant] {
+        match (self.variant.is_empty(), &self.filter) {
+            (false, _) => &self.variant,
+            (true, Some(_)) => &[Variant::Dual],
+            (true, None) => &Variant::ALL,
+        }
+    }
+}
+
+/// The circumstances under which the end-to-end suite runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+enum Variant {
+    /// IPv4 and IPv6, every kernel feature: the whole suite.
+    Dual,
+    /// As if the kernel were 5.15.
+    #[value(name = "5.15")]
+    Masked,
+    /// Only IPv6.
+    V6,
+    /// Only IPv4.
+    V4,
+}
+
+impl Variant {
+    const ALL: [Self; 4] = [Self::Dual, Self::Masked, Self::V6, Self::V4];
+
+    /// How the lab is told.
+    fn environment(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Self::Dual => &[("SIGNET_LAB_FAMILY", "dual")],
+            Self::Masked => &[("SIGNET_LAB_FAMILY", "dual"), ("SIGNET_MASK_FEATURES", "5.15")],
+            Self::V6 => &[("SIGNET_LAB_FAMILY", "v6")],
+            Self::V4 => &[("SIGNET_LAB_FAMILY", "v4")],
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Dual => "dual-stack",
+            Self::Masked => "dual-stack, kernel features as of 5.15",
+            Self::V6 => "IPv6 only",
+            Self::V4 => "IPv4 only",
+        }
+    }
+}
+
+/// What the test programs counted.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+struct Count {
+    passed: u64,
+    failed: u64,
+    ignored: u64,
+}
+
+/// One part of the run and how it ended.
+struct Part {
+    name: String,
+    count: Count,
+    /// The test programs ran to their end and none failed.
+    ok: bool,
+    took: Duration,
+}
+
+/// Runs the tests; the last line is `N passed, N failed`.
+pub fn run(workspace: &Workspace, selection: &Selection) -> anyhow::Result<()> {
+    if !selection.unit && !toolchain::is_root() {
+        return Err(Failure::host(
+            "the end-to-end tests make network namespaces and load eBPF programs: run as root \
+             (`sudo -E env PATH=$PATH cargo xtask test`), or only the unit tests \
+             (`cargo xtask test --unit`)",
+        ));
+    }
+    setup::run(workspace)?;
+    // The lab runs the binaries, so they must be there before its tests are.
+    command::run(workspace.cargo().args(["build", "--workspace", "--bins"]))?;
+    command::run(workspace.cargo().args(["test", "--workspace", "--no-run"]))?;
+    let mut parts = Vec::new();
+    if !selection.e2e {
+        parts.push(unit(workspace, selection)?);
+    }
+    if !selection.unit {
+        for variant in selection.variants() {
+            parts.push(end_to_end(workspace, selection, *variant)?);
+        }
+    }
+    conclude(&parts, selection.filter.as_deref())
+}
+
+fn unit(workspace: &Workspace, selection: &Selection) -> anyhow::Result<Part> {
+    let mut cargo = workspace.cargo();
+    cargo.args(["test", "--workspace", "--lib", "--bins", "--no-fail-fast"]);
+    cargo.args(&selection.filter);
+    part("unit tests", &mut cargo)
+}
+
+fn end_to_end(
+    workspace: &Workspace,
+    selection: &Selection,
+    variant: Variant,
+) -> anyhow::Result<Part> {
+    let mut cargo = workspace.cargo();
+    cargo
+        .args(["test", "--package", "signet-lab", "--test", "*", "--no-fail-fast", "--"])
+        .arg(format!("--test-threads={}", selection.threads))
+        .args(&selection.filter)
+        .envs(variant.environment().iter().copied());
+    if selection.soak {
+        cargo.env("SIGNET_LAB_SOAK", "1");
+    } else if variant != Variant::Dual && selection.filter.is_none() {
+        // The tests in modules named `core`.
+        cargo.arg("core::");
+    }
+    part(&format!("end to end, {}", variant.name()), &mut cargo)
+}
+
+/// Runs test programs, passing their output on, and counts.
+fn part(name: &str, command: &mut Command) -> anyhow::Result<Part> {
+    eprintln!("test: {name}");
+    eprintln!("$ {}", command::shown(command));
+    let start = Instant::now();
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("`{}` could not be started", command::shown(command)))?;
+    let mut count = Count::default();
+    if let Some(stdout) = child.stdout.take() {
+        for line in BufReader::new(stdout).split(b'\n') {
+            let line = line.context("the test programs' output cannot be read")?;
+            let line = String::from_utf8_lossy(&line);
+            println!("{line}");
+            count.add(&line);
+        }
+    }
+    let status = child.wait().context("the test programs cannot be waited for")?;
+    Ok(Part { name: name.to_owned(), count, ok: status.success(), took: start.elapsed() })
+}
+
+impl Count {
+    /// Adds what a line `test result: ok. 3 passed; 0 failed; 1 ignored; …` says.
+    fn add(&mut self, line: &str) {
+        let Some(result) = line.trim().strip_prefix("test result: ") else { return };
+        for part in result.split(['.', ';']) {
+            let Some((number, what)) = part.trim().split_once(' ') else { continue };
+            let Ok(number) = number.parse::<u64>() else { continue };
+            match what {
+                "passed" => self.passed += number,
+                "failed" => self.failed += number,
+                "ignored" => self.ignored += number,
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Prints a line a part, then the sum; fails unless every part passed and tested something.
+fn conclude(parts: &[Part], filter: Option<&str>) -> anyhow::Result<()> {
+    let mut sum = Count::default();
+    let mut bad = Vec::new();
+    println!();
+    for Part { name, count, ok, took } in parts {
+        let verdict = match (ok, count.passed) {
+            (false, _) => "FAILED",
+            (true, 0) if filter.is_none() => "NO TEST RAN",
+            (true, _) => "ok",
+        };
+        if verdict.chars().all(|c| c.is_ascii_uppercase() || c == ' ') {
+            bad.push(name.as_str());
+        }
+        println!(
+            "{verdict:<12} {:>4} passed {:>3} failed {:>3} ignored {:>5.0} s  {name}",
+            count.passed,
+            count.failed,
+            count.ignored,
+            took.as_secs_f64()
+        );
+        sum.passed += count.passed;
+        sum.failed += count.failed;
+        sum.ignored += count.ignored;
+    }
+    if sum.passed + sum.failed == 0 {
+        bail!("no test ran: is the filter right?");
+    }
+    // A part can fail without a failed test (it did not build, or was killed).
+    let failed = sum.failed.max(bad.len() as u64);
+    println!("{} passed, {failed} failed, {} skipped", sum.passed, sum.ignored);
+    if !bad.is_empty() {
+        bail!("failed: {}", bad.join("; "));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_are_counted() {
+        let mut count = Count::default();
+        count.add("test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 3 filtered out");
+        count.add("test result: FAILED. 2 passed; 3 failed; 0 ignored; 0 measured");
+        count.add("test proxy::says_12 passed ... ok");
+        assert_eq!(count, Count { passed: 14, failed: 3, ignored: 1 });
+    }
+
+    #[test]
+    fn a_part_that_fails_or_tests_nothing_fails_the_run() {
+        let part = |passed, failed, ok| Part {
+            name: "x".into(),
+            count: Count { passed, failed, ignored: 0 },
+            ok,
+            took: Duration::ZERO,
+        };
+        assert!(conclude(&[part(1, 0, true)], None).is_ok());
+        assert!(conclude(&[part(1, 0, true), part(0, 0, true)], None).is_err());
+        assert!(conclude(&[part(1, 0, true), part(0, 0, true)], Some("name")).is_ok());
+        assert!(conclude(&[part(0, 0, true)], Some("name")).is_err());
+        assert!(conclude(&[part(1, 1, false)], None).is_err());
+        assert!(conclude(&[part(1, 0, false)], None).is_err());
+    }
+
+    #[test]
+    fn the_output_of_a_program_is_counted_and_its_failure_seen() {
+        let mut passing = Command::new("printf");
+        passing.arg("test result: ok. 2 passed; 0 failed;\n");
+        let passed = part("x", &mut passing).unwrap();
+        assert!(passed.ok);
+        assert_eq!(passed.count.passed, 2);
+        assert!(!part("x", &mut Command::new("false")).unwrap().ok);
+    }
+}
