@@ -3,6 +3,8 @@
 //! Whoever decides a flow hands a [`record::FlowRecord`] to a [`Recorder`]; the
 //! [`Collector`] moves it into the ring, from which a [`FlowLog`] answers.
 
+pub mod kernel_events;
+pub mod merge;
 pub mod record;
 pub mod recorder;
 pub mod ring;

@@ -138,3 +138,9 @@ impl FlowRecord {
         }
     }
 }
+
+impl AsRef<FlowRecord> for FlowRecord {
+    fn as_ref(&self) -> &FlowRecord {
+        self
+    }
+}
