@@ -16,12 +16,14 @@
 //! 8. [`daemon`] puts the node agent together.
 //! 9. [`cli`] is the command line.
 
+pub mod admin;
 pub mod cluster;
 pub mod config;
 pub mod endpoint;
 pub mod flow;
 pub mod kernel;
 pub mod netns;
+pub mod observer;
 pub mod policy;
 pub mod proto;
 pub mod spiffe;

@@ -1,5 +1,23 @@
 //! Messages and services generated from `proto/`: what the agent and the command line say
-//! to each other. Nothing here is written by hand.
+//! to each other, and how times are written in it.
+
+use jiff::Timestamp;
+
+/// A time on the wire.
+pub fn timestamp(t: Timestamp) -> prost_types::Timestamp {
+    let (mut seconds, mut nanos) = (t.as_second(), t.subsec_nanosecond());
+    if nanos < 0 {
+        // Before 1970 jiff counts back, protobuf never does.
+        seconds -= 1;
+        nanos += 1_000_000_000;
+    }
+    prost_types::Timestamp { seconds, nanos }
+}
+
+/// A time from the wire; `None` when it is out of range.
+pub fn time(t: &prost_types::Timestamp) -> Option<Timestamp> {
+    Timestamp::new(t.seconds, t.nanos).ok()
+}
 
 macro_rules! package {
     ($(#[$doc:meta])* $module:ident = $name:literal) => {

@@ -15,7 +15,7 @@ use signet_ebpf::abi::{Direction, Event, Ip, Mode, Reason, Verdict, hook};
 use uuid::Uuid;
 
 use super::record::{FlowEvent, FlowRecord, KnownBy, Party, Reporter, Via};
-use crate::endpoint::state::NodeState;
+use crate::{endpoint::state::NodeState, telemetry::names};
 
 /// The same flow refused again within this time is a retransmission.
 const RETRANSMISSION: u64 = 3_000_000_000;
@@ -90,7 +90,7 @@ impl KernelEvents {
             Direction::Egress => (own, peer, Reporter::Source),
             Direction::Ingress => (peer, own, Reporter::Destination),
         };
-        let mut extra = vec![("mode", mode_name(Mode::from_u8(event.mode)).to_owned())];
+        let mut extra = vec![("mode", names::mode(Mode::from_u8(event.mode)).to_owned())];
         if let Some(errno) = self.errno(event, verdict, reason) {
             extra.push(("errno", errno.to_owned()));
         }
@@ -150,16 +150,6 @@ impl KernelEvents {
             self.recent.insert(seen);
         }
         repeated
-    }
-}
-
-/// A mode's name, as labels write it.
-pub const fn mode_name(mode: Mode) -> &'static str {
-    match mode {
-        Mode::Off => "off",
-        Mode::Observe => "observe",
-        Mode::Permissive => "permissive",
-        Mode::Strict => "strict",
     }
 }
 

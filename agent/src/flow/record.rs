@@ -21,6 +21,22 @@ pub enum Via {
     Plaintext,
 }
 
+impl Via {
+    /// Its name in records.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Mtls => "mtls",
+            Self::Kernel => "kernel",
+            Self::Plaintext => "plaintext",
+        }
+    }
+
+    /// The one of a name.
+    pub fn parse(s: &str) -> Option<Self> {
+        [Self::Mtls, Self::Kernel, Self::Plaintext].into_iter().find(|v| v.name() == s)
+    }
+}
+
 /// How an identity is known.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum KnownBy {
@@ -32,6 +48,23 @@ pub enum KnownBy {
     Address,
     /// Not at all.
     Unknown,
+}
+
+impl KnownBy {
+    /// Its name in records.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Mtls => "mtls",
+            Self::Kernel => "kernel",
+            Self::Address => "address",
+            Self::Unknown => "unknown",
+        }
+    }
+
+    /// The one of a name.
+    pub fn parse(s: &str) -> Option<Self> {
+        [Self::Mtls, Self::Kernel, Self::Address, Self::Unknown].into_iter().find(|k| k.name() == s)
+    }
 }
 
 /// One side of a flow.
@@ -75,6 +108,21 @@ pub enum Reporter {
     Source,
     /// The server's node.
     Destination,
+}
+
+impl Reporter {
+    /// Its name in records.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Destination => "destination",
+        }
+    }
+
+    /// The one of a name.
+    pub fn parse(s: &str) -> Option<Self> {
+        [Self::Source, Self::Destination].into_iter().find(|r| r.name() == s)
+    }
 }
 
 /// What happened.

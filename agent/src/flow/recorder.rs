@@ -6,6 +6,7 @@
 //! records. What finds no place is counted by cause.
 
 use std::{
+    collections::VecDeque,
     hash::{BuildHasher, RandomState},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -13,6 +14,7 @@ use std::{
     },
 };
 
+use jiff::{SignedDuration, Timestamp};
 use signet_ebpf::abi::{Reason, Verdict};
 use tokio::sync::mpsc;
 
@@ -132,6 +134,7 @@ pub fn start(limits: Limits) -> (Recorder, Collector) {
         state: Mutex::new(State {
             ring: Ring::new(limits.flows, limits.drops),
             followers: Vec::new(),
+            losses: Losses::default(),
         }),
         limits,
         slots: (0..SLOTS).map(|_| AtomicU32::new(0)).collect(),
@@ -194,6 +197,7 @@ impl Collector {
         let mut batch = Vec::with_capacity(BATCH);
         while self.queue.recv_many(&mut batch, BATCH).await > 0 {
             let mut state = self.shared.state();
+            state.losses.sample(Timestamp::now(), &self.shared.lost);
             for Queued { slot, record } in batch.drain(..) {
                 if let Some(in_flight) = self.shared.slots.get(slot) {
                     in_flight.fetch_sub(1, Ordering::Relaxed);
@@ -234,6 +238,13 @@ impl FlowLog {
         };
         records.retain(|r| matches(r));
         Some((records, Follower { queue: rx, lost, told: 0 }))
+    }
+
+    /// Losses since a time (at most the last hour), by cause.
+    pub fn losses_since(&self, since: Timestamp) -> Vec<(LostCause, u64)> {
+        let mut state = self.shared.state();
+        state.losses.sample(Timestamp::now(), &self.shared.lost);
+        state.losses.since(since)
     }
 
     /// The counts.
@@ -381,7 +392,54 @@ impl Shared {
 
 struct State {
     ring: Ring,
+    losses: Losses,
     followers: Vec<FollowerEntry>,
+}
+
+/// When losses were noticed, in steps of ten seconds over an hour.
+#[derive(Default)]
+struct Losses {
+    told: [u64; LostCause::ALL.len()],
+    steps: VecDeque<(Timestamp, [u64; LostCause::ALL.len()])>,
+}
+
+impl Losses {
+    const STEP: SignedDuration = SignedDuration::from_secs(10);
+    const STEPS: usize = 360;
+
+    fn sample(&mut self, now: Timestamp, lost: &[AtomicU64; LostCause::ALL.len()]) {
+        let total = lost.each_ref().map(|n| n.load(Ordering::Relaxed));
+        if total == self.told {
+            return;
+        }
+        let is_new = match self.steps.back() {
+            Some((begun, _)) => now.duration_since(*begun) >= Self::STEP,
+            None => true,
+        };
+        if is_new {
+            if self.steps.len() >= Self::STEPS {
+                self.steps.pop_front();
+            }
+            self.steps.push_back((now, Default::default()));
+        }
+        if let Some((_, step)) = self.steps.back_mut() {
+            for ((sum, total), told) in step.iter_mut().zip(total).zip(self.told) {
+                *sum += total.saturating_sub(told);
+            }
+        }
+        self.told = total;
+    }
+
+    fn since(&self, since: Timestamp) -> Vec<(LostCause, u64)> {
+        let mut sums = [0; LostCause::ALL.len()];
+        let begun_before = since - Self::STEP;
+        for (_, step) in self.steps.iter().filter(|(begun, _)| *begun >= begun_before) {
+            for (sum, n) in sums.iter_mut().zip(step) {
+                *sum += n;
+            }
+        }
+        LostCause::ALL.into_iter().zip(sums).filter(|(_, n)| *n > 0).collect()
+    }
 }
 
 struct FollowerEntry {

@@ -1,3 +1,5 @@
 //! Names of reasons, logging, metrics.
 
+pub mod logging;
+pub mod names;
 pub mod reason;

@@ -1,0 +1,128 @@
+//! What the daemon tells the admin service: values only, taken at one moment.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use signet_ebpf::abi::DropKey;
+
+use crate::{cluster::model::Problem, endpoint::state::NodeState, spiffe::SpiffeId};
+
+/// The picture of a moment.
+#[derive(Clone, Debug)]
+pub struct StatusInputs {
+    /// This node's name.
+    pub node: Arc<str>,
+    /// When the agent started.
+    pub started: Timestamp,
+    /// What is applied; `None` until the first turn of the reconciler.
+    pub state: Option<Arc<NodeState>>,
+    /// Revision of the newest world.
+    pub wanted_revision: u64,
+    /// When that world was published.
+    pub wanted_since: Timestamp,
+    /// `files`, later `kubernetes`.
+    pub source: Arc<str>,
+    /// Where the source reads: a directory, an API server.
+    pub location: Arc<str>,
+    /// The kernel's side.
+    pub kernel: KernelFacts,
+    /// The authority.
+    pub issuer: IssuerFacts,
+    /// Every SVID that is wanted.
+    pub svids: Vec<SvidFacts>,
+    /// The kernel's drop counters.
+    pub drops: Vec<DropCount>,
+    /// Problems that the world does not carry (the daemon's own, the kernel's, the issuer's).
+    pub problems: Vec<Problem>,
+    /// Further counters by name, as `handshake_failed{kind="expired"}`.
+    pub counters: Vec<(String, u64)>,
+}
+
+/// The kernel's side.
+#[derive(Clone, Debug, Default)]
+pub struct KernelFacts {
+    /// `uname -r`.
+    pub release: String,
+    /// Names of programs that should be attached, and whether they are.
+    pub programs: Vec<(&'static str, bool)>,
+    /// The workloads root below the cgroup2 mount.
+    pub cgroup: String,
+    /// The pin directory.
+    pub pins: String,
+    /// Where kubelet's probes come from.
+    pub probe_cgroups: Vec<String>,
+    /// Absent kernel features with the fallback in use.
+    pub fallbacks: Vec<String>,
+    /// The override of enforcement.
+    pub enforcement: EnforcementState,
+}
+
+/// The cluster-wide override of enforcement.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum EnforcementState {
+    /// As labels and policies say.
+    #[default]
+    Enforce,
+    /// What would be dropped passes and is reported.
+    Audit,
+    /// Nothing is touched.
+    Off,
+}
+
+impl EnforcementState {
+    /// Its name in the configuration.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Enforce => "enforce",
+            Self::Audit => "audit",
+            Self::Off => "off",
+        }
+    }
+}
+
+/// The authority.
+#[derive(Clone, Debug)]
+pub struct IssuerFacts {
+    /// The agent's own trust domain.
+    pub trust_domain: Arc<str>,
+    /// `embedded`, later others.
+    pub name: Arc<str>,
+    /// `notAfter` of each root of the own bundle.
+    pub roots: Vec<Timestamp>,
+}
+
+/// One SVID that is wanted.
+#[derive(Clone, Debug)]
+pub struct SvidFacts {
+    /// Whose.
+    pub id: SpiffeId,
+    /// What there is.
+    pub state: SvidState,
+    /// When it is renewed or tried again.
+    pub next_attempt: Option<Timestamp>,
+    /// Why the last attempt failed, if it did.
+    pub error: Option<String>,
+}
+
+/// What there is of an SVID.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SvidState {
+    /// None was issued yet.
+    Missing,
+    /// Issued; valid between these.
+    Issued {
+        /// Not before.
+        not_before: Timestamp,
+        /// Not after.
+        not_after: Timestamp,
+    },
+}
+
+/// A drop counter.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DropCount {
+    /// Its key.
+    pub key: DropKey,
+    /// Drops since the programs were first attached.
+    pub count: u64,
+}

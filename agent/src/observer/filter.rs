@@ -1,0 +1,376 @@
+//! Hubble's filters over flow records. A field that is not implemented is refused by its
+//! name: a filter that is ignored would show what was not asked for.
+
+use std::{net::IpAddr, ops::RangeInclusive, str::FromStr};
+
+use ipnet::IpNet;
+use signet_ebpf::abi::{Direction, Verdict};
+
+use super::{glob, hubble};
+use crate::{
+    flow::{FlowEvent, FlowRecord, Party, Via},
+    proto::flow::{self, FlowFilter},
+    telemetry::{names, reason},
+};
+
+/// Values that a request's filters may carry together.
+const MAX_VALUES: usize = 4096;
+
+/// Why a filter is refused.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FilterError {
+    /// The field is Hubble's, and Signet does not implement it.
+    #[error("filter field {0} is not implemented by Signet")]
+    Unsupported(&'static str),
+    /// The value cannot be read.
+    #[error("filter field {field}: {value:?} is not {expected}")]
+    Value {
+        /// The field.
+        field: &'static str,
+        /// As given.
+        value: String,
+        /// What it should be.
+        expected: &'static str,
+    },
+    /// More values than a request may carry.
+    #[error("the filters carry more than {MAX_VALUES} values")]
+    TooMany,
+}
+
+/// A compiled request: one of the whitelist, none of the blacklist.
+pub struct Filters {
+    whitelist: Vec<Conditions>,
+    blacklist: Vec<Conditions>,
+}
+
+impl std::fmt::Debug for Filters {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Filters")
+            .field("whitelist", &self.whitelist.len())
+            .field("blacklist", &self.blacklist.len())
+            .finish()
+    }
+}
+
+impl Filters {
+    /// Compiles both lists.
+    pub fn compile(
+        whitelist: Vec<FlowFilter>,
+        blacklist: Vec<FlowFilter>,
+    ) -> Result<Self, FilterError> {
+        let mut budget = MAX_VALUES;
+        let mut compile = |list: Vec<FlowFilter>| {
+            list.into_iter().map(|f| conditions(f, &mut budget)).collect::<Result<Vec<_>, _>>()
+        };
+        Ok(Self { whitelist: compile(whitelist)?, blacklist: compile(blacklist)? })
+    }
+
+    /// True when the record is asked for.
+    pub fn matches(&self, record: &FlowRecord) -> bool {
+        let all = |filter: &Conditions| filter.iter().all(|condition| condition(record));
+        (self.whitelist.is_empty() || self.whitelist.iter().any(all))
+            && !self.blacklist.iter().any(all)
+    }
+}
+
+type Condition = Box<dyn Fn(&FlowRecord) -> bool + Send + Sync>;
+type Conditions = Vec<Condition>;
+
+fn conditions(filter: FlowFilter, budget: &mut usize) -> Result<Conditions, FilterError> {
+    // Every field by its name: a new one does not compile until it is dealt with.
+    let FlowFilter {
+        source_ip,
+        source_pod,
+        destination_ip,
+        destination_pod,
+        verdict,
+        event_type,
+        source_fqdn,
+        destination_fqdn,
+        http_status_code,
+        source_label,
+        destination_label,
+        protocol,
+        source_port,
+        destination_port,
+        reply,
+        source_service,
+        destination_service,
+        dns_query,
+        source_identity,
+        destination_identity,
+        http_method,
+        http_path,
+        tcp_flags,
+        node_name,
+        ip_version,
+        source_workload,
+        destination_workload,
+        trace_id,
+        uuid,
+        traffic_direction,
+        http_url,
+        http_header,
+        drop_reason_desc,
+        source_ip_xlated,
+        node_labels,
+        interface,
+        source_cluster_name,
+        destination_cluster_name,
+        encrypted,
+        experimental,
+        any_namespace,
+        any_pod,
+        any_identity,
+        any_port,
+        reason,
+        policy,
+    } = filter;
+    for (name, given) in [
+        ("source_fqdn", !source_fqdn.is_empty()),
+        ("destination_fqdn", !destination_fqdn.is_empty()),
+        ("http_status_code", !http_status_code.is_empty()),
+        ("source_label", !source_label.is_empty()),
+        ("destination_label", !destination_label.is_empty()),
+        ("dns_query", !dns_query.is_empty()),
+        ("source_identity", !source_identity.is_empty()),
+        ("destination_identity", !destination_identity.is_empty()),
+        ("http_method", !http_method.is_empty()),
+        ("http_path", !http_path.is_empty()),
+        ("tcp_flags", !tcp_flags.is_empty()),
+        ("source_workload", !source_workload.is_empty()),
+        ("destination_workload", !destination_workload.is_empty()),
+        ("trace_id", !trace_id.is_empty()),
+        ("http_url", !http_url.is_empty()),
+        ("http_header", !http_header.is_empty()),
+        ("source_ip_xlated", !source_ip_xlated.is_empty()),
+        ("node_labels", !node_labels.is_empty()),
+        ("interface", !interface.is_empty()),
+        ("source_cluster_name", !source_cluster_name.is_empty()),
+        ("destination_cluster_name", !destination_cluster_name.is_empty()),
+        ("experimental.cel_expression", experimental.is_some()),
+    ] {
+        if given {
+            return Err(FilterError::Unsupported(name));
+        }
+    }
+    let mut all = Builder { conditions: Vec::new(), budget };
+    all.any("source_ip", source_ip, network, |n, r| n.contains(&r.source.ip))?;
+    all.any("destination_ip", destination_ip, network, |n, r| n.contains(&r.destination.ip))?;
+    all.any("source_pod", source_pod, hubble_pod, |p, r| p.matches(&r.source))?;
+    all.any("destination_pod", destination_pod, hubble_pod, |p, r| p.matches(&r.destination))?;
+    all.any("source_service", source_service, hubble_pod, |p, r| p.matches_service(&r.source))?;
+    all.any("destination_service", destination_service, hubble_pod, |p, r| {
+        p.matches_service(&r.destination)
+    })?;
+    all.any("source_port", source_port, ports, |p, r| p.contains(&r.source.port))?;
+    all.any("destination_port", destination_port, ports, |p, r| p.contains(&r.destination.port))?;
+    all.any("protocol", protocol, protocol_number, |p, r| *p == r.protocol)?;
+    all.any("node_name", node_name, node_pattern, |p, r| glob::matches(p, &r.node))?;
+    all.any("uuid", uuid, text_of, |u, r| *u == r.uuid.to_string())?;
+    all.any("any_namespace", any_namespace, text_of, |n, r| {
+        either(r, |p| p.pod.as_ref().is_some_and(|(namespace, _)| **namespace == **n))
+    })?;
+    all.any("any_pod", any_pod, any_pod_of, |pod, r| either(r, |p| pod.matches(p)))?;
+    all.any("any_identity", any_identity, text_of, |i, r| either(r, |p| has_identity(p, i)))?;
+    all.any("reason", reason, reason_of, |wanted, r| *wanted == r.reason)?;
+    all.any("policy", policy, text_of, |pattern, r| {
+        r.policy.as_ref().is_some_and(|p| {
+            glob::matches(pattern, &p.name)
+                || glob::matches(pattern, &format!("{}/{}", p.namespace, p.name))
+                || glob::matches(pattern, &format!("{}/{}/{}", p.kind, p.namespace, p.name))
+        })
+    })?;
+    all.any("any_port", any_port, port_of, |port, r| either(r, |p| p.port == *port))?;
+    all.any("verdict", verdict, verdict_of, |v, r| *v == r.verdict)?;
+    all.any("traffic_direction", traffic_direction, direction_of, |d, r| *d == r.direction)?;
+    all.any("drop_reason_desc", drop_reason_desc, drop_reason_of, |d, r| {
+        r.verdict == Verdict::Dropped && hubble::drop_reason(r.reason) == Some(*d)
+    })?;
+    all.any("ip_version", ip_version, is_v6, |v6, r| *v6 == r.source.ip.is_ipv6())?;
+    // Records are made per flow, in the direction of its first packet.
+    all.any("reply", reply, Ok, |reply, _| !*reply)?;
+    all.any("encrypted", encrypted, Ok, |e, r| *e == (r.via == Via::Mtls))?;
+    all.any("event_type", event_type, Ok, |t, r| {
+        let own = match r.event {
+            FlowEvent::Verdict => t.r#type == hubble::EVENT_POLICY_VERDICT,
+            FlowEvent::End { .. } => t.r#type == hubble::EVENT_TRACE,
+        };
+        let as_drop = t.r#type == hubble::EVENT_DROP
+            && r.event == FlowEvent::Verdict
+            && r.verdict == Verdict::Dropped;
+        (own || as_drop) && (!t.match_sub_type || t.sub_type == 0)
+    })?;
+    Ok(all.conditions)
+}
+
+struct Builder<'a> {
+    conditions: Conditions,
+    budget: &'a mut usize,
+}
+
+impl Builder<'_> {
+    /// Adds "one of these values holds", unless there are none.
+    fn any<V, T>(
+        &mut self,
+        field: &'static str,
+        values: Vec<V>,
+        parse: impl Fn(V) -> Result<T, BadValue>,
+        holds: impl Fn(&T, &FlowRecord) -> bool + Send + Sync + 'static,
+    ) -> Result<(), FilterError>
+    where
+        T: Send + Sync + 'static,
+    {
+        *self.budget = self.budget.checked_sub(values.len()).ok_or(FilterError::TooMany)?;
+        if values.is_empty() {
+            return Ok(());
+        }
+        let values: Vec<T> = values
+            .into_iter()
+            .map(|v| {
+                parse(v).map_err(|BadValue { value, expected }| FilterError::Value {
+                    field,
+                    value,
+                    expected,
+                })
+            })
+            .collect::<Result<_, _>>()?;
+        self.conditions.push(Box::new(move |record| values.iter().any(|v| holds(v, record))));
+        Ok(())
+    }
+}
+
+struct BadValue {
+    value: String,
+    expected: &'static str,
+}
+
+impl BadValue {
+    fn new(value: impl ToString, expected: &'static str) -> Self {
+        Self { value: value.to_string(), expected }
+    }
+}
+
+/// `namespace/prefix of the name`.
+struct PodPattern {
+    namespace: Option<String>,
+    prefix: String,
+}
+
+impl PodPattern {
+    fn matches(&self, party: &Party) -> bool {
+        party.pod.as_ref().is_some_and(|(namespace, name)| self.holds(namespace, name))
+    }
+
+    fn matches_service(&self, party: &Party) -> bool {
+        let service = party.service.as_deref().and_then(|s| s.split_once('/'));
+        service.is_some_and(|(namespace, name)| self.holds(namespace, name))
+    }
+
+    fn holds(&self, namespace: &str, name: &str) -> bool {
+        self.namespace.as_deref().is_none_or(|n| n == namespace) && name.starts_with(&self.prefix)
+    }
+}
+
+/// Hubble's rule: without a namespace it is `default`, with an empty one any.
+fn hubble_pod(value: String) -> Result<PodPattern, BadValue> {
+    Ok(match value.split_once('/') {
+        Some(("", prefix)) => PodPattern { namespace: None, prefix: prefix.into() },
+        Some((namespace, prefix)) => {
+            PodPattern { namespace: Some(namespace.into()), prefix: prefix.into() }
+        }
+        None => PodPattern { namespace: Some("default".into()), prefix: value },
+    })
+}
+
+fn any_pod_of(value: String) -> Result<PodPattern, BadValue> {
+    if value.contains('/') { hubble_pod(value) } else { hubble_pod(format!("/{value}")) }
+}
+
+fn either(record: &FlowRecord, holds: impl Fn(&Party) -> bool) -> bool {
+    holds(&record.source) || holds(&record.destination)
+}
+
+/// The whole SPIFFE ID, or `namespace/account` of an ID of Kubernetes' form.
+fn has_identity(party: &Party, pattern: &str) -> bool {
+    let Some(identity) = &party.identity else { return false };
+    let id = identity.as_str();
+    let short = id
+        .split_once("/ns/")
+        .and_then(|(_, rest)| rest.split_once("/sa/"))
+        .map(|(namespace, account)| format!("{namespace}/{account}"));
+    glob::matches(pattern, id) || short.is_some_and(|s| glob::matches(pattern, &s))
+}
+
+fn text_of(value: String) -> Result<String, BadValue> {
+    Ok(value)
+}
+
+fn network(value: String) -> Result<IpNet, BadValue> {
+    IpNet::from_str(&value)
+        .or_else(|_| IpAddr::from_str(&value).map(IpNet::from))
+        .map_err(|_| BadValue::new(value, "an address or a range in CIDR form"))
+}
+
+fn ports(value: String) -> Result<RangeInclusive<u16>, BadValue> {
+    let (first, last) = value.split_once('-').unwrap_or((&value, &value));
+    match (first.parse(), last.parse()) {
+        (Ok(first), Ok(last)) if first <= last => Ok(first..=last),
+        _ => Err(BadValue::new(value, "a port or a range of ports")),
+    }
+}
+
+fn port_of(value: u32) -> Result<u16, BadValue> {
+    u16::try_from(value).map_err(|_| BadValue::new(value, "a port"))
+}
+
+fn protocol_number(value: String) -> Result<u8, BadValue> {
+    names::parse_protocol(&value).ok_or_else(|| {
+        BadValue::new(value, "tcp, udp, sctp, icmp, icmpv6 or a number (layer 7 is not recorded)")
+    })
+}
+
+fn node_pattern(value: String) -> Result<String, BadValue> {
+    if value.contains('/') {
+        return Err(BadValue::new(value, "a node's name without a cluster's"));
+    }
+    Ok(value)
+}
+
+fn reason_of(value: String) -> Result<signet_ebpf::abi::Reason, BadValue> {
+    reason::parse(&value).ok_or_else(|| BadValue::new(value, "a reason (see docs/reasons.md)"))
+}
+
+fn verdict_of(value: i32) -> Result<Verdict, BadValue> {
+    match flow::Verdict::try_from(value) {
+        Ok(flow::Verdict::Forwarded) => Ok(Verdict::Forwarded),
+        Ok(flow::Verdict::Dropped) => Ok(Verdict::Dropped),
+        Ok(flow::Verdict::Audit) => Ok(Verdict::Audit),
+        other => Err(BadValue::new(
+            other.map_or_else(|_| value.to_string(), |v| v.as_str_name().into()),
+            "a verdict that Signet gives (FORWARDED, DROPPED, AUDIT)",
+        )),
+    }
+}
+
+fn direction_of(value: i32) -> Result<Direction, BadValue> {
+    match flow::TrafficDirection::try_from(value) {
+        Ok(flow::TrafficDirection::Ingress) => Ok(Direction::Ingress),
+        Ok(flow::TrafficDirection::Egress) => Ok(Direction::Egress),
+        _ => Err(BadValue::new(value, "INGRESS or EGRESS")),
+    }
+}
+
+fn drop_reason_of(value: i32) -> Result<flow::DropReason, BadValue> {
+    flow::DropReason::try_from(value)
+        .map_err(|_| BadValue::new(value, "a drop reason that Signet maps to"))
+}
+
+fn is_v6(value: i32) -> Result<bool, BadValue> {
+    match flow::IpVersion::try_from(value) {
+        Ok(flow::IpVersion::IPv4) => Ok(false),
+        Ok(flow::IpVersion::IPv6) => Ok(true),
+        _ => Err(BadValue::new(value, "IPv4 or IPv6")),
+    }
+}

@@ -1,0 +1,69 @@
+//! Sets the log up: to stderr, as text or JSON, filtered by level.
+
+use std::io::IsTerminal;
+
+use tracing_subscriber::{EnvFilter, filter::LevelFilter};
+
+/// How log lines look.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Format {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Why the log could not be set up.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LogError {
+    /// The filter is not one.
+    #[error(
+        "logLevel: {value:?} is neither a level (error, warn, info, debug, trace) nor a list of target=level: {cause}"
+    )]
+    Filter {
+        /// As given.
+        value: String,
+        /// What is wrong with it.
+        cause: String,
+    },
+    /// A log is set up already.
+    #[error("the log is set up already: {0}")]
+    Already(String),
+}
+
+/// Sends the process's log to stderr; `level` is a level or `target=level,…`.
+pub fn init(level: &str, format: Format) -> Result<(), LogError> {
+    let filter = filter(level)?;
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
+    let done = match format {
+        Format::Text => builder.try_init(),
+        Format::Json => builder.json().flatten_event(true).try_init(),
+    };
+    done.map_err(|e| LogError::Already(e.to_string()))
+}
+
+fn filter(level: &str) -> Result<EnvFilter, LogError> {
+    EnvFilter::builder()
+        .with_default_directive(LevelFilter::INFO.into())
+        .parse(level)
+        .map_err(|e| LogError::Filter { value: level.into(), cause: e.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_and_lists_are_filters_and_nonsense_is_not() {
+        for good in ["info", "debug", "info,signet::proxy=trace", ""] {
+            assert!(filter(good).is_ok(), "{good}");
+        }
+        let error = filter("signet=loud").unwrap_err().to_string();
+        assert!(error.contains("\"signet=loud\""), "{error}");
+    }
+}
