@@ -5,7 +5,8 @@
 //!
 //! 1. [`spiffe`] parses and encodes SPIFFE IDs, bundles and SVIDs, [`netns`] opens sockets
 //!    inside pods' network namespaces, [`config`] reads the agent's configuration,
-//!    [`telemetry`] names reasons and sets logging up.
+//!    [`telemetry`] names reasons and sets logging up, [`proto`] holds the messages of the
+//!    gRPC services.
 //! 2. [`policy`] turns policy objects into one model, evaluates and compiles it; [`ca`] signs.
 //! 3. [`cluster`] says what the cluster is: a [`cluster::model::World`] with a revision.
 //! 4. [`kernel`] loads, attaches and pins the programs and writes their maps; [`trust`] holds
