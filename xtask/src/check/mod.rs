@@ -9,7 +9,10 @@ use std::{fmt, fs};
 
 use anyhow::{Context as _, bail};
 
-use crate::{command, ebpf, setup, workspace::Workspace};
+use crate::{
+    command, ebpf, setup,
+    workspace::{self, Workspace},
+};
 
 /// Something that a check found.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -82,6 +85,11 @@ pub fn run(workspace: &Workspace, rules_only: bool) -> anyhow::Result<()> {
             ])),
         );
         step("clippy of the eBPF programs", ebpf::clippy(workspace, &toolchain));
+        if workspace::find_program("cargo-deny", &[]).is_some() {
+            step("dependencies", command::run(workspace.cargo().args(["deny", "check"])));
+        } else {
+            eprintln!("check: cargo-deny is not installed: dependencies not held to deny.toml");
+        }
     }
     if failed.is_empty() {
         eprintln!("check: all is well");
