@@ -7,10 +7,11 @@
 //!    inside pods' network namespaces, [`config`] reads the agent's configuration,
 //!    [`telemetry`] names reasons and sets logging up, [`proto`] holds the messages of the
 //!    gRPC services.
-//! 2. [`policy`] turns policy objects into one model, evaluates and compiles it; [`ca`] signs.
+//! 2. [`policy`] turns policy objects into one model, evaluates and compiles it; [`ca`] signs;
+//!    [`trust`] holds the bundles of all trusted domains.
 //! 3. [`cluster`] says what the cluster is: a [`cluster::model::World`] with a revision.
-//! 4. [`kernel`] loads, attaches and pins the programs and writes their maps; [`trust`] holds
-//!    bundles; [`svid`] requests and rotates SVIDs; [`tunnel`] speaks HBONE.
+//! 4. [`kernel`] loads, attaches and pins the programs and writes their maps; [`svid`]
+//!    requests and rotates SVIDs; [`tunnel`] speaks HBONE.
 //! 5. [`endpoint`] finds this node's pods and reconciles the kernel with the world.
 //! 6. [`flow`] records verdicts.
 //! 7. [`proxy`] carries flows; [`observer`] and [`admin`] answer the command line.
@@ -18,6 +19,7 @@
 //! 9. [`cli`] is the command line.
 
 pub mod admin;
+pub mod ca;
 pub mod cluster;
 pub mod config;
 pub mod endpoint;
@@ -28,5 +30,7 @@ pub mod observer;
 pub mod policy;
 pub mod proto;
 pub mod spiffe;
+pub mod svid;
 pub mod telemetry;
+pub mod trust;
 pub mod tunnel;

@@ -1,5 +1,11 @@
 //! SPIFFE IDs, trust domains, bundles and SVIDs: parse, validate, encode. Pure.
 
+pub mod bundle;
 pub mod id;
+pub mod leaf;
+pub mod svid;
+pub mod validate;
 
+pub use bundle::{Bundle, BundleError};
 pub use id::{SpiffeId, SpiffeIdError, TrustDomain};
+pub use svid::{Svid, SvidError};

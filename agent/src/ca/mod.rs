@@ -1,0 +1,5 @@
+//! The authority's arithmetic over rcgen: roots, leaves. Pure: no files, no clock.
+
+pub mod root;
+
+pub use root::{CaError, Root};

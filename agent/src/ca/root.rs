@@ -1,0 +1,289 @@
+//! A trust domain's root: create, read from PEM, sign leaves.
+
+use std::{fmt, time::Duration};
+
+use jiff::{SignedDuration, Timestamp};
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
+    Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber, SubjectPublicKeyInfo,
+};
+use rustls::pki_types::{
+    CertificateDer, PrivatePkcs8KeyDer,
+    pem::{SectionKind, SliceIter},
+};
+use time::OffsetDateTime;
+use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude::FromDer};
+
+use crate::spiffe::{Bundle, BundleError, SpiffeId, TrustDomain};
+
+/// How far back `notBefore` lies, for clocks that run behind.
+pub const BACKDATE: SignedDuration = SignedDuration::from_mins(5);
+/// A new root's lifetime.
+pub const ROOT_LIFETIME: SignedDuration = SignedDuration::from_hours(10 * 365 * 24);
+
+/// A root certificate with its key. Neither `Debug` nor any error prints the key.
+pub struct Root {
+    domain: TrustDomain,
+    certificate: CertificateDer<'static>,
+    not_after: Timestamp,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+/// Why a root cannot be used or does not sign.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CaError {
+    /// The PEM text does not hold exactly one certificate and one key.
+    #[error("{0}; it must hold exactly one block BEGIN CERTIFICATE and one BEGIN PRIVATE KEY")]
+    Pem(String),
+    /// The certificate is none that may sign.
+    #[error("the certificate is not an authority's: {0}")]
+    NotAuthority(#[from] BundleError),
+    /// The certificate names no trust domain.
+    #[error("the certificate names no trust domain: its URI must be {expected}, it has {found}")]
+    NoTrustDomain {
+        /// The URI that is asked for.
+        expected: SpiffeId,
+        /// What there is.
+        found: String,
+    },
+    /// The certificate is another trust domain's.
+    #[error(
+        "the root belongs to trust domain {found}, this agent to {expected}; set trustDomain to {found} or give another authority directory"
+    )]
+    ForeignTrustDomain {
+        /// The configured domain.
+        expected: TrustDomain,
+        /// The certificate's.
+        found: TrustDomain,
+    },
+    /// The key is no key, or not one that can sign here.
+    #[error("the private key is not a PKCS #8 key that Signet can sign with (ECDSA P-256)")]
+    Key,
+    /// The key is not the certificate's.
+    #[error("the private key does not belong to the certificate")]
+    KeyMismatch,
+    /// The root has run out, or will before anything useful could be signed.
+    #[error("the root of {domain} was valid until {not_after}; replace it")]
+    Expired {
+        /// Its trust domain.
+        domain: TrustDomain,
+        /// When it ran out.
+        not_after: Timestamp,
+    },
+    /// The requested identity is not of this trust domain.
+    #[error("{id} is not of the trust domain {domain} that this authority signs for")]
+    WrongTrustDomain {
+        /// What was asked for.
+        id: SpiffeId,
+        /// The authority's domain.
+        domain: TrustDomain,
+    },
+    /// The requested identity is a whole trust domain.
+    #[error("{0} names a whole trust domain; only workloads get SVIDs")]
+    NotAWorkload(SpiffeId),
+    /// The public key is not readable.
+    #[error("the public key for {0} is not a SubjectPublicKeyInfo that can be certified")]
+    PublicKey(SpiffeId),
+    /// A time is out of X.509's range.
+    #[error("the time {0} cannot be written into a certificate; look at this node's clock")]
+    Time(Timestamp),
+    /// The library failed.
+    #[error("making a certificate failed: {0}")]
+    Crypto(String),
+}
+
+impl Root {
+    /// Makes a new root for a trust domain, valid for [`ROOT_LIFETIME`] from `now`.
+    pub fn create(domain: &TrustDomain, now: Timestamp) -> Result<Self, CaError> {
+        let key = KeyPair::generate().map_err(crypto)?;
+        let serial = random_serial();
+        let mut params = CertificateParams::default();
+        let mut name = DistinguishedName::new();
+        name.push(DnType::OrganizationName, domain.as_str());
+        // Roots of one domain have different names: paths are built without guessing.
+        name.push(DnType::CommonName, format!("Signet root {}", hex(&serial[..4])));
+        params.distinguished_name = name;
+        params.serial_number = Some(SerialNumber::from_slice(&serial));
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        params.subject_alt_names = vec![uri(&domain.id())?];
+        params.not_before = date(now - BACKDATE)?;
+        params.not_after = date(now + ROOT_LIFETIME)?;
+        let certificate = params.self_signed(&key).map_err(crypto)?;
+        let certificate = certificate.der().clone();
+        Self::new(certificate, key, domain, now)
+    }
+
+    /// Reads a root from PEM: one certificate and one PKCS #8 key, of this trust domain.
+    pub fn from_pem(pem: &[u8], domain: &TrustDomain, now: Timestamp) -> Result<Self, CaError> {
+        let mut certificates = Vec::new();
+        let mut keys = Vec::new();
+        // One block too many is enough to refuse: the rest is not looked at.
+        for section in SliceIter::<(SectionKind, Vec<u8>)>::new(pem).take(3) {
+            match section {
+                Ok((SectionKind::Certificate, der)) => certificates.push(der),
+                Ok((SectionKind::PrivateKey, der)) => keys.push(der),
+                Ok((kind, _)) => {
+                    return Err(CaError::Pem(format!("a block of kind {kind:?} is not expected")));
+                }
+                Err(e) => return Err(CaError::Pem(format!("the PEM is broken ({e})"))),
+            }
+        }
+        if (certificates.len(), keys.len()) != (1, 1) {
+            return Err(CaError::Pem(format!(
+                "{} certificate(s) and {} private key(s) found",
+                certificates.len(),
+                keys.len()
+            )));
+        }
+        let key = PrivatePkcs8KeyDer::from(keys.remove(0));
+        let key = KeyPair::try_from(&key).map_err(|_| CaError::Key)?;
+        Self::new(CertificateDer::from(certificates.remove(0)), key, domain, now)
+    }
+
+    fn new(
+        certificate: CertificateDer<'static>,
+        key: KeyPair,
+        domain: &TrustDomain,
+        now: Timestamp,
+    ) -> Result<Self, CaError> {
+        Bundle::from_der([certificate.clone()])?;
+        let (_, parsed) = X509Certificate::from_der(&certificate).map_err(crypto)?;
+        check_domain(&parsed, domain)?;
+        if parsed.public_key().raw != key.subject_public_key_info() {
+            return Err(CaError::KeyMismatch);
+        }
+        let not_after =
+            Timestamp::from_second(parsed.validity().not_after.timestamp()).map_err(crypto)?;
+        if not_after <= now {
+            return Err(CaError::Expired { domain: domain.clone(), not_after });
+        }
+        let issuer = Issuer::from_ca_cert_der(&certificate, key).map_err(crypto)?;
+        Ok(Self { domain: domain.clone(), certificate, not_after, issuer })
+    }
+
+    /// Certificate and key in PEM: for a file that only its owner reads.
+    pub fn to_pem(&self) -> String {
+        let certificate =
+            pem::encode(&pem::Pem::new("CERTIFICATE", self.certificate.as_ref().to_vec()));
+        format!("{certificate}{}", self.issuer.key().serialize_pem())
+    }
+
+    /// The trust domain.
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.domain
+    }
+
+    /// The root's certificate.
+    pub fn certificate(&self) -> &CertificateDer<'static> {
+        &self.certificate
+    }
+
+    /// When the root runs out.
+    pub fn not_after(&self) -> Timestamp {
+        self.not_after
+    }
+
+    /// The bundle of just this root.
+    pub fn bundle(&self) -> Result<Bundle, CaError> {
+        Ok(Bundle::from_der([self.certificate.clone()])?)
+    }
+
+    /// Signs an SVID's leaf for a public key (DER SubjectPublicKeyInfo): exactly one URI SAN,
+    /// valid from `now` − [`BACKDATE`] to `now + ttl` or the root's end, whichever is first.
+    pub fn sign_leaf(
+        &self,
+        id: &SpiffeId,
+        public_key: &[u8],
+        now: Timestamp,
+        ttl: Duration,
+    ) -> Result<CertificateDer<'static>, CaError> {
+        if id.trust_domain() != self.domain {
+            return Err(CaError::WrongTrustDomain { id: id.clone(), domain: self.domain.clone() });
+        }
+        if id.path().is_empty() {
+            return Err(CaError::NotAWorkload(id.clone()));
+        }
+        if self.not_after <= now {
+            return Err(CaError::Expired {
+                domain: self.domain.clone(),
+                not_after: self.not_after,
+            });
+        }
+        let public_key = SubjectPublicKeyInfo::from_der(public_key)
+            .map_err(|_| CaError::PublicKey(id.clone()))?;
+        let not_after = now.saturating_add(ttl).unwrap_or(Timestamp::MAX).min(self.not_after);
+        let mut params = CertificateParams::default();
+        // An empty subject makes the alternative name critical (RFC 5280 section 4.2.1.6).
+        params.distinguished_name = DistinguishedName::new();
+        params.serial_number = Some(SerialNumber::from_slice(&random_serial()));
+        params.subject_alt_names = vec![uri(id)?];
+        params.is_ca = IsCa::ExplicitNoCa;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.use_authority_key_identifier_extension = true;
+        params.not_before = date(now - BACKDATE)?;
+        params.not_after = date(not_after)?;
+        Ok(params.signed_by(&public_key, &self.issuer).map_err(crypto)?.der().clone())
+    }
+}
+
+impl fmt::Debug for Root {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Root")
+            .field("domain", &self.domain)
+            .field("not_after", &self.not_after)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The signing certificate's one URI must be the trust domain's own ID.
+fn check_domain(certificate: &X509Certificate<'_>, domain: &TrustDomain) -> Result<(), CaError> {
+    let names = certificate.subject_alternative_name().map_err(crypto)?;
+    let uris: Vec<&str> = names
+        .iter()
+        .flat_map(|names| &names.value.general_names)
+        .filter_map(|name| if let GeneralName::URI(uri) = name { Some(*uri) } else { None })
+        .collect();
+    let none = |found: String| CaError::NoTrustDomain { expected: domain.id(), found };
+    let [uri] = uris[..] else {
+        return Err(none(format!("{} URIs", uris.len())));
+    };
+    let id = SpiffeId::parse(uri).map_err(|e| none(e.to_string()))?;
+    if !id.path().is_empty() {
+        return Err(none(id.to_string()));
+    }
+    if id.trust_domain() != *domain {
+        return Err(CaError::ForeignTrustDomain {
+            expected: domain.clone(),
+            found: id.trust_domain(),
+        });
+    }
+    Ok(())
+}
+
+fn uri(id: &SpiffeId) -> Result<SanType, CaError> {
+    Ok(SanType::URI(id.as_str().try_into().map_err(crypto)?))
+}
+
+fn date(t: Timestamp) -> Result<OffsetDateTime, CaError> {
+    // Certificates know whole seconds only.
+    OffsetDateTime::from_unix_timestamp(t.as_second()).map_err(|_| CaError::Time(t))
+}
+
+/// 16 random bytes, positive and without a leading zero byte as DER wants it.
+fn random_serial() -> [u8; 16] {
+    let mut serial: [u8; 16] = rand::random();
+    serial[0] = serial[0] & 0x7f | 0x40;
+    serial
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn crypto(error: impl fmt::Display) -> CaError {
+    CaError::Crypto(error.to_string())
+}

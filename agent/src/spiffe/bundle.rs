@@ -1,0 +1,141 @@
+//! Bundles: the X.509 authorities of a trust domain.
+
+use std::fmt;
+
+use jiff::Timestamp;
+use rustls::pki_types::{CertificateDer, TrustAnchor, pem::PemObject};
+use x509_parser::{certificate::X509Certificate, prelude::FromDer};
+
+/// The most authorities that a bundle may have: rotation needs a handful.
+pub const MAX_AUTHORITIES: usize = 64;
+
+/// The X.509 authorities of one trust domain; may be empty (everything is revoked).
+#[derive(Clone, PartialEq, Eq)]
+pub struct Bundle {
+    authorities: Vec<Authority>,
+}
+
+/// One signing certificate that SVIDs of the domain may chain to.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) struct Authority {
+    der: CertificateDer<'static>,
+    pub(super) anchor: TrustAnchor<'static>,
+    pub(super) not_before: Timestamp,
+    pub(super) not_after: Timestamp,
+}
+
+/// Why certificates do not make a bundle.
+#[derive(Debug, thiserror::Error, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum BundleError {
+    /// More than [`MAX_AUTHORITIES`].
+    #[error(
+        "a bundle of {0} authorities is too large: at most {MAX_AUTHORITIES} are accepted; remove those that have expired"
+    )]
+    TooMany(usize),
+    /// The PEM text is broken.
+    #[error("the bundle is not PEM ({0}); give one or more blocks BEGIN CERTIFICATE")]
+    Pem(String),
+    /// A certificate is broken.
+    #[error(
+        "authority {index} of the bundle is not a usable certificate ({problem}); replace or remove it"
+    )]
+    Malformed {
+        /// Its place, from 1.
+        index: usize,
+        /// What the parser says.
+        problem: String,
+    },
+    /// A certificate may not sign.
+    #[error(
+        "authority {index} of the bundle may not sign SVIDs ({problem}); give the certificate of the authority, not one that it has signed"
+    )]
+    NotAuthority {
+        /// Its place, from 1.
+        index: usize,
+        /// The missing property.
+        problem: &'static str,
+    },
+}
+
+impl Bundle {
+    /// A bundle of DER certificates; duplicates count once.
+    pub fn from_der<'a>(
+        certificates: impl IntoIterator<Item = CertificateDer<'a>>,
+    ) -> Result<Self, BundleError> {
+        let mut authorities: Vec<Authority> = Vec::new();
+        for (i, der) in certificates.into_iter().enumerate() {
+            let authority = Authority::new(der.into_owned(), i + 1)?;
+            if !authorities.contains(&authority) {
+                authorities.push(authority);
+            }
+            if authorities.len() > MAX_AUTHORITIES {
+                return Err(BundleError::TooMany(authorities.len()));
+            }
+        }
+        Ok(Self { authorities })
+    }
+
+    /// A bundle of PEM certificates.
+    pub fn from_pem(pem: &[u8]) -> Result<Self, BundleError> {
+        let certificates = CertificateDer::pem_slice_iter(pem)
+            .take(MAX_AUTHORITIES + 1)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|e| BundleError::Pem(e.to_string()))?;
+        // An empty bundle revokes everything: text without a block is a mistake, not that.
+        if certificates.is_empty() {
+            return Err(BundleError::Pem("no block found".into()));
+        }
+        Self::from_der(certificates)
+    }
+
+    /// The authorities' certificates in DER.
+    pub fn certificates(&self) -> impl ExactSizeIterator<Item = &CertificateDer<'static>> {
+        self.authorities.iter().map(|a| &a.der)
+    }
+
+    pub(super) fn authorities(&self) -> &[Authority] {
+        &self.authorities
+    }
+}
+
+impl Authority {
+    fn new(der: CertificateDer<'static>, index: usize) -> Result<Self, BundleError> {
+        let malformed = |problem: String| BundleError::Malformed { index, problem };
+        let not_authority = |problem| BundleError::NotAuthority { index, problem };
+        let anchor = webpki::anchor_from_trusted_cert(&der)
+            .map_err(|e| malformed(e.to_string()))?
+            .to_owned();
+        let (rest, certificate) =
+            X509Certificate::from_der(&der).map_err(|e| malformed(e.to_string()))?;
+        if !rest.is_empty() {
+            return Err(malformed("bytes follow the certificate".into()));
+        }
+        let is_ca = certificate.basic_constraints().map_err(|e| malformed(e.to_string()))?;
+        if !is_ca.is_some_and(|c| c.value.ca) {
+            return Err(not_authority("basicConstraints does not say CA:TRUE"));
+        }
+        // Many roots carry no KeyUsage at all, and RFC 5280 takes only name and key of an anchor.
+        let usage = certificate.key_usage().map_err(|e| malformed(e.to_string()))?;
+        if usage.is_some_and(|u| !u.value.key_cert_sign()) {
+            return Err(not_authority("keyUsage lacks keyCertSign"));
+        }
+        let validity = certificate.validity();
+        let time = |t: x509_parser::time::ASN1Time| {
+            Timestamp::from_second(t.timestamp()).map_err(|e| malformed(e.to_string()))
+        };
+        let (not_before, not_after) = (time(validity.not_before)?, time(validity.not_after)?);
+        Ok(Self { der, anchor, not_before, not_after })
+    }
+
+    /// True while the certificate's own validity holds.
+    pub(super) fn is_valid_at(&self, now: Timestamp) -> bool {
+        self.not_before <= now && now <= self.not_after
+    }
+}
+
+impl fmt::Debug for Bundle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Bundle").field("authorities", &self.authorities.len()).finish()
+    }
+}

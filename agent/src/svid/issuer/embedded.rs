@@ -1,0 +1,66 @@
+//! The authority inside the agent, for one node and for the lab: its root is a file.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+
+use super::{
+    IssueFuture, Issuer, SvidRequest,
+    root_file::{self, RootFileError},
+};
+use crate::{
+    ca::Root,
+    spiffe::{Bundle, TrustDomain},
+};
+
+/// Signs with a root that is kept in a directory.
+#[derive(Debug)]
+pub struct EmbeddedIssuer {
+    root: Arc<Root>,
+    bundle: Bundle,
+    leaf_ttl: Duration,
+}
+
+impl EmbeddedIssuer {
+    /// Opens the root in `dir`, or makes it there when there is none. Agents that start at
+    /// once on one directory end with the same root.
+    ///
+    /// # Errors
+    /// One that names file, field, value and remedy; nothing is changed then.
+    pub fn open(
+        dir: &Path,
+        domain: &TrustDomain,
+        leaf_ttl: Duration,
+    ) -> Result<Self, RootFileError> {
+        let root = root_file::open_or_create(dir, domain, Timestamp::now())?;
+        let bundle = root.bundle().map_err(|source| RootFileError::invalid(dir, source))?;
+        tracing::info!(
+            trust_domain = %domain,
+            directory = %dir.display(),
+            root_not_after = %root.not_after(),
+            "embedded authority is ready"
+        );
+        Ok(Self { root: Arc::new(root), bundle, leaf_ttl })
+    }
+
+    /// The trust domain's bundle: its one root.
+    pub fn bundle(&self) -> Bundle {
+        self.bundle.clone()
+    }
+
+    /// The trust domain that it signs for.
+    pub fn trust_domain(&self) -> &TrustDomain {
+        self.root.trust_domain()
+    }
+}
+
+impl Issuer for EmbeddedIssuer {
+    fn issue<'a>(&'a self, request: &'a SvidRequest) -> IssueFuture<'a> {
+        Box::pin(async move {
+            let now = Timestamp::now();
+            let leaf =
+                self.root.sign_leaf(request.id(), &request.public_key(), now, self.leaf_ttl)?;
+            Ok(vec![leaf])
+        })
+    }
+}

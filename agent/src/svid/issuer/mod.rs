@@ -1,0 +1,96 @@
+//! Who issues SVIDs.
+
+use std::{future::Future, pin::Pin};
+
+use rcgen::PublicKeyData;
+use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
+
+use crate::{
+    ca::CaError,
+    spiffe::{SpiffeId, Svid, SvidError},
+};
+
+pub mod embedded;
+mod root_file;
+
+pub use embedded::EmbeddedIssuer;
+pub use root_file::RootFileError;
+
+/// An authority that certifies this node's keys. The private key stays here.
+pub trait Issuer: Send + Sync + 'static {
+    /// Certifies the request's public key for its identity; answers the chain, leaf first.
+    fn issue<'a>(&'a self, request: &'a SvidRequest) -> IssueFuture<'a>;
+}
+
+/// What [`Issuer::issue`] answers.
+pub type IssueFuture<'a> =
+    Pin<Box<dyn Future<Output = Result<Vec<CertificateDer<'static>>, IssueError>> + Send + 'a>>;
+
+/// Why an SVID was not issued.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum IssueError {
+    /// The authority refused or failed.
+    #[error("the authority did not sign: {0}")]
+    Authority(#[from] CaError),
+    /// The answer is not the SVID that was asked for.
+    #[error(transparent)]
+    Svid(#[from] SvidError),
+    /// The answer is for another identity.
+    #[error("asked for {wanted}, the authority issued {issued}; look at its configuration")]
+    OtherIdentity {
+        /// What was asked for.
+        wanted: SpiffeId,
+        /// What came.
+        issued: SpiffeId,
+    },
+    /// The answer is out of its time already.
+    #[error(
+        "the SVID issued for {0} is not valid now; compare this node's clock with the authority's"
+    )]
+    NotValidNow(SpiffeId),
+    /// No key could be made.
+    #[error("no key could be made for {0}: the system's random numbers or memory failed")]
+    Key(SpiffeId),
+    /// The authority did not answer in time.
+    #[error("the authority did not answer within {0:?}; look whether it runs and can be reached")]
+    Timeout(std::time::Duration),
+    /// The task that asked failed.
+    #[error("requesting the SVID failed inside the agent: {0}")]
+    Internal(String),
+}
+
+/// A request: an identity and a fresh key.
+pub struct SvidRequest {
+    id: SpiffeId,
+    key: rcgen::KeyPair,
+}
+
+impl SvidRequest {
+    /// A request with a fresh ECDSA P-256 key.
+    pub fn new(id: SpiffeId) -> Result<Self, IssueError> {
+        match rcgen::KeyPair::generate() {
+            Ok(key) => Ok(Self { id, key }),
+            Err(_) => Err(IssueError::Key(id)),
+        }
+    }
+
+    /// The identity that is asked for.
+    pub fn id(&self) -> &SpiffeId {
+        &self.id
+    }
+
+    /// The public key, DER SubjectPublicKeyInfo.
+    pub fn public_key(&self) -> Vec<u8> {
+        self.key.subject_public_key_info()
+    }
+
+    /// Puts the issued chain and the key together and holds them against the request.
+    pub fn finish(self, chain: Vec<CertificateDer<'static>>) -> Result<Svid, IssueError> {
+        let svid = Svid::new(chain, PrivatePkcs8KeyDer::from(self.key.serialize_der()))?;
+        if svid.id != self.id {
+            return Err(IssueError::OtherIdentity { wanted: self.id, issued: svid.id });
+        }
+        Ok(svid)
+    }
+}

@@ -1,0 +1,349 @@
+//! Holds an SVID for every identity that is wanted, and renews it in time.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use jiff::Timestamp;
+use tokio::{sync::watch, task::JoinSet, time};
+
+use super::{
+    Svid,
+    issuer::{IssueError, Issuer, SvidRequest},
+    schedule::{renew_at, retry_after},
+};
+use crate::spiffe::SpiffeId;
+
+/// The wall clock is looked at again after this at the latest: it may jump, or the machine
+/// may have slept.
+const LONGEST_SLEEP: Duration = Duration::from_secs(30);
+
+/// Tells the time; the system's, but for tests.
+pub type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
+
+/// How the manager works.
+#[derive(Clone)]
+pub struct SvidParams {
+    /// The wall clock.
+    pub clock: Clock,
+    /// Requests to the issuer at the same time.
+    pub concurrency: usize,
+    /// A request that takes longer has failed.
+    pub timeout: Duration,
+    /// The wait after the first failure; doubles with each further one.
+    pub first_retry: Duration,
+    /// The longest wait after a failure.
+    pub longest_retry: Duration,
+}
+
+impl Default for SvidParams {
+    fn default() -> Self {
+        Self {
+            clock: Arc::new(Timestamp::now),
+            concurrency: 8,
+            timeout: Duration::from_secs(10),
+            first_retry: Duration::from_millis(250),
+            longest_retry: Duration::from_secs(30),
+        }
+    }
+}
+
+/// An identity's state, for `status`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SvidStatus {
+    /// The identity.
+    pub id: SpiffeId,
+    /// From and until when the SVID held is valid; `None`: none yet.
+    pub validity: Option<(Timestamp, Timestamp)>,
+    /// When the next request is due.
+    pub next_request: Timestamp,
+    /// Failures since the last success.
+    pub failures: u32,
+    /// The last failure since the last success.
+    pub last_error: Option<String>,
+}
+
+/// Starts the manager.
+pub struct SvidManager;
+
+/// Access to the manager; cheap to clone. When the last handle goes, the manager ends.
+#[derive(Clone)]
+pub struct SvidHandle {
+    wanted: watch::Sender<BTreeSet<SpiffeId>>,
+    shared: Arc<Shared>,
+}
+
+/// What the manager publishes.
+struct Shared {
+    svids: ArcSwap<HashMap<SpiffeId, Arc<Svid>>>,
+    /// Grows whenever `svids` changes.
+    generation: watch::Sender<u64>,
+    statuses: Mutex<Vec<SvidStatus>>,
+}
+
+impl SvidManager {
+    /// Starts the manager on the current tokio runtime. Nothing is requested until
+    /// [`SvidHandle::want`] names identities.
+    pub fn start(issuer: Arc<dyn Issuer>, params: SvidParams) -> SvidHandle {
+        let (wanted, receiver) = watch::channel(BTreeSet::new());
+        let shared = Arc::new(Shared {
+            svids: ArcSwap::default(),
+            generation: watch::Sender::new(0),
+            statuses: Mutex::default(),
+        });
+        let keeper = Keeper {
+            issuer,
+            params,
+            shared: Arc::clone(&shared),
+            entries: BTreeMap::new(),
+            requests: JoinSet::new(),
+            next_key: 0,
+        };
+        tokio::spawn(keeper.run(receiver));
+        SvidHandle { wanted, shared }
+    }
+}
+
+impl SvidHandle {
+    /// Says which identities this node needs. Those that are not named any more are forgotten
+    /// with their keys, new ones are requested at once.
+    pub fn want(&self, ids: BTreeSet<SpiffeId>) {
+        self.wanted.send_if_modified(|wanted| {
+            let changed = *wanted != ids;
+            *wanted = ids;
+            changed
+        });
+    }
+
+    /// The identity's SVID, if there is one. It may have run out when the authority has been
+    /// away for long: the tunnel refuses to use it then, with `svid_expired`.
+    pub fn get(&self, id: &SpiffeId) -> Option<Arc<Svid>> {
+        self.shared.svids.load().get(id).cloned()
+    }
+
+    /// Grows with every SVID obtained, renewed or forgotten.
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
+        self.shared.generation.subscribe()
+    }
+
+    /// The state of every wanted identity, in order.
+    pub fn status(&self) -> Vec<SvidStatus> {
+        self.shared.statuses.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Waits until the manager's task has ended, which it does only by a bug while a handle
+    /// is alive: for the daemon to end with a reason.
+    pub async fn ended(&self) {
+        self.wanted.closed().await;
+    }
+}
+
+impl fmt::Debug for SvidHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SvidHandle").field("wanted", &*self.wanted.borrow()).finish_non_exhaustive()
+    }
+}
+
+/// The manager's task.
+struct Keeper {
+    issuer: Arc<dyn Issuer>,
+    params: SvidParams,
+    shared: Arc<Shared>,
+    entries: BTreeMap<SpiffeId, Entry>,
+    requests: JoinSet<Outcome>,
+    next_key: u64,
+}
+
+/// A wanted identity.
+struct Entry {
+    /// Tells this entry from an earlier one of the same identity.
+    key: u64,
+    svid: Option<Arc<Svid>>,
+    next_request: Timestamp,
+    in_flight: bool,
+    failures: u32,
+    last_error: Option<String>,
+}
+
+/// How a request ended.
+struct Outcome {
+    id: SpiffeId,
+    key: u64,
+    result: Result<Svid, IssueError>,
+}
+
+impl Keeper {
+    async fn run(mut self, mut wanted: watch::Receiver<BTreeSet<SpiffeId>>) {
+        loop {
+            let ids = wanted.borrow_and_update().clone();
+            self.adopt(&ids);
+            self.request_due();
+            self.publish();
+            let sleep = self.until_next();
+            tokio::select! {
+                changed = wanted.changed() => {
+                    if changed.is_err() {
+                        return; // no handle is left; the requests in flight end with the set
+                    }
+                }
+                Some(joined) = self.requests.join_next_with_id() => match joined {
+                    Ok((_, outcome)) => self.settle(outcome),
+                    // A panic inside the issuer: every entry that waits for an answer that
+                    // cannot come any more is asked for again.
+                    Err(e) => self.lost(&e),
+                },
+                () = time::sleep(sleep) => {}
+            }
+        }
+    }
+
+    /// Makes the entries those of `ids`.
+    fn adopt(&mut self, ids: &BTreeSet<SpiffeId>) {
+        let now = (self.params.clock)();
+        self.entries.retain(|id, _| ids.contains(id));
+        for id in ids {
+            if !self.entries.contains_key(id) {
+                self.next_key += 1;
+                let entry = Entry {
+                    key: self.next_key,
+                    svid: None,
+                    next_request: now,
+                    in_flight: false,
+                    failures: 0,
+                    last_error: None,
+                };
+                self.entries.insert(id.clone(), entry);
+            }
+        }
+    }
+
+    /// Starts the requests that are due, those first that have no SVID or the least life left.
+    fn request_due(&mut self) {
+        let now = (self.params.clock)();
+        let mut due: Vec<_> = self
+            .entries
+            .iter_mut()
+            .filter(|(_, entry)| !entry.in_flight && entry.next_request <= now)
+            .collect();
+        due.sort_by_key(|(_, entry)| entry.svid.as_ref().map(|svid| svid.not_after));
+        let room = self.params.concurrency.max(1).saturating_sub(self.requests.len());
+        for (id, entry) in due.into_iter().take(room) {
+            entry.in_flight = true;
+            let (issuer, params) = (Arc::clone(&self.issuer), self.params.clone());
+            let (id, key) = (id.clone(), entry.key);
+            self.requests.spawn(async move {
+                let result = obtain(&*issuer, &params, id.clone()).await;
+                Outcome { id, key, result }
+            });
+        }
+    }
+
+    /// Takes a request's outcome.
+    fn settle(&mut self, Outcome { id, key, result }: Outcome) {
+        // Not wanted any more, or wanted anew in between: the key goes with the answer.
+        let Some(entry) = self.entries.get_mut(&id).filter(|entry| entry.key == key) else {
+            return;
+        };
+        let now = (self.params.clock)();
+        entry.in_flight = false;
+        match result {
+            Ok(svid) => {
+                tracing::info!(%id, not_after = %svid.not_after, "SVID obtained");
+                let jitter = rand::random_range(-1.0..=1.0);
+                entry.next_request = renew_at(now, svid.not_after, jitter);
+                entry.svid = Some(Arc::new(svid));
+                entry.failures = 0;
+                entry.last_error = None;
+            }
+            Err(error) => {
+                entry.failures = entry.failures.saturating_add(1);
+                let wait = retry_after(
+                    entry.failures,
+                    self.params.first_retry,
+                    self.params.longest_retry,
+                    rand::random_range(0.0..=1.0),
+                );
+                entry.next_request = now.saturating_add(wait).unwrap_or(now);
+                tracing::warn!(%id, failures = entry.failures, %error, "no SVID; trying again");
+                entry.last_error = Some(error.to_string());
+            }
+        }
+    }
+
+    /// A request's task panicked.
+    fn lost(&mut self, error: &tokio::task::JoinError) {
+        let now = (self.params.clock)();
+        let error = IssueError::Internal(error.to_string()).to_string();
+        tracing::error!(%error, "a request for an SVID panicked");
+        // Which one is not known: the others that are in flight answer to a key that is gone.
+        for entry in self.entries.values_mut().filter(|entry| entry.in_flight) {
+            self.next_key += 1;
+            entry.key = self.next_key;
+            entry.in_flight = false;
+            entry.failures = entry.failures.saturating_add(1);
+            entry.next_request = now.saturating_add(self.params.longest_retry).unwrap_or(now);
+            entry.last_error = Some(error.clone());
+        }
+    }
+
+    /// How long nothing is due by time alone.
+    fn until_next(&self) -> Duration {
+        if self.requests.len() >= self.params.concurrency.max(1) {
+            return LONGEST_SLEEP; // an answer comes first
+        }
+        let now = (self.params.clock)();
+        let idle = self.entries.values().filter(|entry| !entry.in_flight);
+        let next = idle.map(|entry| entry.next_request).min();
+        let wait = next.map_or(LONGEST_SLEEP, |at| at.duration_since(now).unsigned_abs());
+        match next {
+            Some(at) if at <= now => Duration::ZERO,
+            // Not before it is due: a sleep that ends a moment early would spin.
+            _ => wait.min(LONGEST_SLEEP) + Duration::from_millis(1),
+        }
+    }
+
+    /// Publishes SVIDs (when they changed) and statuses.
+    fn publish(&self) {
+        let statuses = self.entries.iter().map(|(id, entry)| SvidStatus {
+            id: id.clone(),
+            validity: entry.svid.as_ref().map(|svid| (svid.not_before, svid.not_after)),
+            next_request: entry.next_request,
+            failures: entry.failures,
+            last_error: entry.last_error.clone(),
+        });
+        let statuses = statuses.collect();
+        *self.shared.statuses.lock().unwrap_or_else(PoisonError::into_inner) = statuses;
+
+        let held = self.entries.iter().filter_map(|(id, entry)| Some((id, entry.svid.as_ref()?)));
+        let old = self.shared.svids.load();
+        let same = old.len() == held.clone().count()
+            && held.clone().all(|(id, svid)| old.get(id).is_some_and(|o| Arc::ptr_eq(o, svid)));
+        if !same {
+            let new = held.map(|(id, svid)| (id.clone(), Arc::clone(svid))).collect();
+            self.shared.svids.store(Arc::new(new));
+            self.shared.generation.send_modify(|generation| *generation += 1);
+        }
+    }
+}
+
+/// One request: a fresh key, the issuer's answer within its time, held against the request.
+async fn obtain(
+    issuer: &dyn Issuer,
+    params: &SvidParams,
+    id: SpiffeId,
+) -> Result<Svid, IssueError> {
+    let request = SvidRequest::new(id)?;
+    let chain = time::timeout(params.timeout, issuer.issue(&request))
+        .await
+        .map_err(|_| IssueError::Timeout(params.timeout))??;
+    let svid = request.finish(chain)?;
+    if svid.is_valid_at((params.clock)()) {
+        Ok(svid)
+    } else {
+        Err(IssueError::NotValidNow(svid.id))
+    }
+}

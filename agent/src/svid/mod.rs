@@ -1,0 +1,8 @@
+//! SVIDs: who issues them, and which this node holds and renews.
+
+pub mod issuer;
+pub mod manager;
+mod schedule;
+
+pub use crate::spiffe::Svid;
+pub use manager::{Clock, SvidHandle, SvidManager, SvidParams, SvidStatus};
