@@ -1,8 +1,19 @@
 //! The kernel's side of Signet: programs, maps, links, pins, and sockets to destroy.
 
+mod bpf;
+mod bpffs;
+pub mod cgroup;
 pub mod clock;
+pub mod destroy;
 mod error;
+pub mod events;
+pub mod features;
 mod flow_sockets;
+pub mod maps;
+mod pins;
+mod programs;
 
 pub use error::KernelError;
 pub use flow_sockets::{Confirm, FlowSockets};
+pub use maps::{Counters, Maps};
+pub use programs::{KernelConfig, Programs};

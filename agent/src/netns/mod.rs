@@ -4,6 +4,8 @@
 //! agent does inside a pod's network is: make the socket there, use it here.
 //! [`NetnsOpener`] owns the only thread of the process that calls `setns`.
 
+pub mod addresses;
+pub mod netlink;
 mod opener;
 
 pub use opener::NetnsOpener;

@@ -176,7 +176,9 @@ mod tests {
         let (hold, release) = mpsc::channel::<()>();
         // A thread of its own network namespace, to be entered from outside.
         let other = thread::spawn(move || {
-            rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET).unwrap();
+            // SAFETY: a network namespace is the thread's own; files and memory stay shared.
+            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }
+                .unwrap();
             let fd = std::fs::File::open("/proc/thread-self/ns/net").unwrap();
             tx.send(OwnedFd::from(fd)).unwrap();
             let _ = release.recv();

@@ -1,0 +1,666 @@
+//! Loading, attaching, pinning and replacing the programs.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    io,
+    os::fd::{AsFd, BorrowedFd},
+    path::{Path, PathBuf},
+};
+
+use aya::{Ebpf, EbpfLoader, programs::Program};
+
+use super::{
+    KernelError,
+    bpf::{self, LinkTarget, attach},
+    cgroup::{Cgroup, Hierarchy},
+    features::Features,
+    maps::{Maps, PINNED},
+    pins::{self, Layout, Pins},
+};
+use crate::netns::NetnsFd;
+
+/// Name of the object with the cgroup programs, for errors.
+pub(super) const MAIN_OBJECT: &str = "signet-programs";
+/// Name of the object with the sk_lookup program, for errors.
+const LOOKUP_OBJECT: &str = "signet-lookup";
+
+static MAIN: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/programs.o"));
+static LOOKUP: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lookup.o"));
+
+/// Prefix of the pins of sk_lookup links; the namespace's cookie follows.
+const LOOKUP_PREFIX: &str = "lookup-";
+
+/// Where a program is attached.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Root {
+    /// The pods' root: deciding hooks.
+    Workloads,
+    /// The node's root: recording only.
+    Node,
+    /// The agent's own cgroup: recording only.
+    Agent,
+}
+
+/// (program, hook, where), in the order of a first attach: what records and answers comes
+/// before what redirects.
+const HOOKS: [(&str, u32, Root); 13] = [
+    ("ops_agent", attach::CGROUP_SOCK_OPS, Root::Agent),
+    ("ops_node", attach::CGROUP_SOCK_OPS, Root::Node),
+    ("ops_workloads", attach::CGROUP_SOCK_OPS, Root::Workloads),
+    ("peername4", attach::CGROUP_INET4_GETPEERNAME, Root::Workloads),
+    ("peername6", attach::CGROUP_INET6_GETPEERNAME, Root::Workloads),
+    ("sockname4", attach::CGROUP_INET4_GETSOCKNAME, Root::Workloads),
+    ("sockname6", attach::CGROUP_INET6_GETSOCKNAME, Root::Workloads),
+    ("skb_ingress", attach::CGROUP_INET_INGRESS, Root::Workloads),
+    ("skb_egress", attach::CGROUP_INET_EGRESS, Root::Workloads),
+    ("sendmsg4", attach::CGROUP_UDP4_SENDMSG, Root::Workloads),
+    ("sendmsg6", attach::CGROUP_UDP6_SENDMSG, Root::Workloads),
+    ("connect4", attach::CGROUP_INET4_CONNECT, Root::Workloads),
+    ("connect6", attach::CGROUP_INET6_CONNECT, Root::Workloads),
+];
+
+/// What the loader must know.
+#[derive(Clone, Debug)]
+pub struct KernelConfig {
+    /// Directory of the pins; a bpffs is mounted there if need be.
+    pub bpffs: PathBuf,
+    /// Name of this agent among several on one host.
+    pub instance: String,
+    /// The workloads root, a path below the cgroup2 mount.
+    pub workloads: PathBuf,
+    /// The node's root, a path below the cgroup2 mount.
+    pub node: PathBuf,
+    /// Value of [`super::features::MASK_VARIABLE`].
+    pub mask_features: Option<String>,
+}
+
+/// The loaded and attached programs.
+#[derive(Debug)]
+pub struct Programs {
+    hierarchy: Hierarchy,
+    workloads: Cgroup,
+    node: Cgroup,
+    agent: Cgroup,
+    features: Features,
+    host_netns: u64,
+    pins: Pins,
+    /// The object whose programs wait to be swapped in; `None` once they are attached.
+    waiting: Option<Ebpf>,
+    lookups: BTreeSet<u64>,
+    warnings: Vec<String>,
+}
+
+impl Programs {
+    /// Loads everything, and attaches it unless another version's programs are attached:
+    /// those go on deciding until [`Programs::activate`].
+    ///
+    /// Call it before the process makes any socket: it may move the agent to a cgroup of
+    /// its own ([`Hierarchy::settle_agent`]).
+    ///
+    /// # Errors
+    /// Whatever the host lacks, each with its remedy.
+    pub fn load(config: &KernelConfig) -> Result<(Self, Maps), KernelError> {
+        check_bpf()?;
+        let hierarchy = Hierarchy::find()?;
+        let workloads = open_root(&hierarchy, &config.workloads, "--cgroup-root")?;
+        let node = open_root(&hierarchy, &config.node, "--node-cgroup")?;
+        if workloads.path == hierarchy.mount() {
+            return Err(KernelError::WorkloadsIsRoot { root: workloads.path });
+        }
+        let agent = hierarchy.settle_agent(&workloads)?;
+        let features = Features::probe(config.mask_features.as_deref())?;
+        for missing in features.missing() {
+            tracing::info!(feature = %missing, "kernel feature not used");
+        }
+        let host_netns = NetnsFd::of_this_process()
+            .map_err(|source| KernelError::Io {
+                what: "the cookie of the node's network namespace (SO_NETNS_COOKIE, Linux 5.14)"
+                    .into(),
+                source,
+            })?
+            .cookie;
+
+        let layouts = layouts(MAIN, MAIN_OBJECT)?;
+        let pins = Pins::open(&config.bpffs, &config.instance, &layouts)?;
+        let mut ebpf = load_object(MAIN, MAIN_OBJECT, pins.maps(), Some(features.bits()), None)?;
+        let maps = Maps::take(&mut ebpf, pins.maps())?;
+        for (program, ..) in HOOKS {
+            load_program(&mut ebpf, MAIN_OBJECT, program)?;
+        }
+        let mut programs = Self {
+            hierarchy,
+            workloads,
+            node,
+            agent,
+            features,
+            host_netns,
+            pins,
+            waiting: Some(ebpf),
+            lookups: BTreeSet::new(),
+            warnings: Vec::new(),
+        };
+        if !programs.pins.has_others() {
+            programs.activate()?;
+        }
+        Ok((programs, maps))
+    }
+
+    /// Attaches the programs, or replaces the ones of another version, hook by hook, each
+    /// at once; then removes what is left of other versions. The new maps must be filled
+    /// before. Does nothing when they are attached already.
+    ///
+    /// # Errors
+    /// Names the hook. What was replaced so far stays replaced.
+    pub fn activate(&mut self) -> Result<(), KernelError> {
+        let Some(mut ebpf) = self.waiting.take() else { return Ok(()) };
+        for (program, hook, root) in HOOKS {
+            let attached = program_fd(&mut ebpf, MAIN_OBJECT, program)
+                .and_then(|fd| self.attach_hook(program, hook, root, fd));
+            if let Err(error) = attached {
+                self.waiting = Some(ebpf);
+                return Err(error);
+            }
+        }
+        self.pins.remove_others()
+    }
+
+    /// True while another version's programs decide ([`Programs::activate`]).
+    pub fn is_waiting(&self) -> bool {
+        self.waiting.is_some()
+    }
+
+    /// Attaches this version's sk_lookup program to a pod's network namespace, in place of
+    /// whatever instance of ours is there.
+    ///
+    /// # Errors
+    /// Names the namespace.
+    pub fn attach_lookup(&mut self, netns: &NetnsFd) -> Result<(), KernelError> {
+        if self.lookups.contains(&netns.cookie) {
+            return Ok(());
+        }
+        let mut ebpf = load_object(
+            LOOKUP,
+            LOOKUP_OBJECT,
+            self.pins.maps(),
+            Some(self.features.bits()),
+            Some(netns.cookie),
+        )?;
+        load_program(&mut ebpf, LOOKUP_OBJECT, "lookup")?;
+        let program = program_fd(&mut ebpf, LOOKUP_OBJECT, "lookup")?;
+        let name = format!("{LOOKUP_PREFIX}{}", netns.cookie);
+        let target = || format!("the network namespace {}", netns.cookie);
+        // The kernel tells a namespace's inode in 32 bits.
+        let inode = netns.inode().map(|(_, inode)| inode as u32).unwrap_or(0);
+        let wanted = |found| found == LinkTarget::Netns(inode);
+        if !self.replace(&name, wanted, program)? {
+            let link = bpf::link_create(program, netns.fd.as_fd(), attach::SK_LOOKUP).map_err(
+                |source| KernelError::Attach { program: "lookup", target: target(), source },
+            )?;
+            self.pin_link(link.as_fd(), &name)?;
+        }
+        self.lookups.insert(netns.cookie);
+        Ok(())
+    }
+
+    /// Detaches the sk_lookup program of a pod that is gone or left alone.
+    ///
+    /// # Errors
+    /// Where the pin cannot be removed.
+    pub fn detach_lookup(&mut self, cookie: u64) -> Result<(), KernelError> {
+        self.lookups.remove(&cookie);
+        pins::unpin(&self.pins.link(&format!("{LOOKUP_PREFIX}{cookie}")))
+    }
+
+    /// Cookies of the network namespaces whose sk_lookup links are pinned, also of dead ones.
+    pub fn pinned_lookups(&self) -> Vec<u64> {
+        self.pins.links_with(LOOKUP_PREFIX).iter().filter_map(|c| c.parse().ok()).collect()
+    }
+
+    /// The directory of the pinned maps.
+    pub fn pins(&self) -> &Path {
+        self.pins.maps()
+    }
+
+    /// The cgroup hierarchy.
+    pub fn hierarchy(&self) -> &Hierarchy {
+        &self.hierarchy
+    }
+
+    /// The workloads root.
+    pub fn workloads(&self) -> &Cgroup {
+        &self.workloads
+    }
+
+    /// The agent's own cgroup.
+    pub fn agent(&self) -> &Cgroup {
+        &self.agent
+    }
+
+    /// Ancestor level of the workloads root, as the programs count.
+    pub fn workloads_level(&self) -> u32 {
+        self.hierarchy.level(&self.workloads)
+    }
+
+    /// What the kernel offers.
+    pub fn features(&self) -> &Features {
+        &self.features
+    }
+
+    /// Cookie of the node's own network namespace.
+    pub fn host_netns(&self) -> u64 {
+        self.host_netns
+    }
+
+    /// (attached, wanted): hooks whose pinned link is on the cgroup that is meant.
+    pub fn attached(&self) -> (usize, usize) {
+        let attached = HOOKS
+            .iter()
+            .filter(|(program, _, root)| {
+                bpf::object_get(&self.pins.link(program))
+                    .and_then(|link| bpf::link_target(link.as_fd()))
+                    .is_ok_and(|found| found == LinkTarget::Cgroup(self.root(*root).id))
+            })
+            .count();
+        (attached, HOOKS.len())
+    }
+
+    /// Conflicts that were found and lived with, one sentence each.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    fn root(&self, root: Root) -> &Cgroup {
+        match root {
+            Root::Workloads => &self.workloads,
+            Root::Node => &self.node,
+            Root::Agent => &self.agent,
+        }
+    }
+
+    fn attach_hook(
+        &mut self,
+        name: &'static str,
+        hook: u32,
+        root: Root,
+        program: BorrowedFd<'_>,
+    ) -> Result<(), KernelError> {
+        let cgroup = self.root(root).clone();
+        if self.replace(name, |found| found == LinkTarget::Cgroup(cgroup.id), program)? {
+            return Ok(());
+        }
+        if let Some(shadowed) = self.overridable(hook, &cgroup) {
+            self.warnings.push(format!(
+                "{name} on {} takes the place of {} for the pods: have its owner attach it by a \
+                 link, or with BPF_F_ALLOW_MULTI",
+                cgroup.path.display(),
+                shadowed
+            ));
+        }
+        let directory = cgroup.descriptor()?;
+        let link = bpf::link_create(program, directory.as_fd(), hook)
+            .map_err(|source| self.explain(name, hook, &cgroup, source))?;
+        self.pin_link(link.as_fd(), name)
+    }
+
+    /// Replaces the program of the pinned link `name`, of this version's directory or of
+    /// another's; false where there is none that is still attached to what is wanted.
+    fn replace(
+        &self,
+        name: &str,
+        wanted: impl Fn(LinkTarget) -> bool,
+        program: BorrowedFd<'_>,
+    ) -> Result<bool, KernelError> {
+        let path = self.pins.link(name);
+        let mut candidates = vec![path.clone()];
+        candidates.extend(self.pins.other_links(name));
+        let mut replaced = false;
+        for candidate in candidates.iter().filter(|path| path.exists()) {
+            let failed = |source| KernelError::Replace { path: candidate.clone(), source };
+            let link = bpf::object_get(candidate).map_err(failed)?;
+            let usable = !replaced && bpf::link_target(link.as_fd()).is_ok_and(&wanted);
+            if !usable {
+                // Of a cgroup or namespace that is gone, or was re-made.
+                pins::unpin(candidate)?;
+                continue;
+            }
+            match bpf::link_update(link.as_fd(), program) {
+                Ok(()) => {}
+                Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {
+                    pins::unpin(candidate)?;
+                    continue;
+                }
+                Err(error) => return Err(failed(error)),
+            }
+            if *candidate != path {
+                self.pin_link(link.as_fd(), name)?;
+                pins::unpin(candidate)?;
+            }
+            replaced = true;
+        }
+        Ok(replaced)
+    }
+
+    fn pin_link(&self, link: BorrowedFd<'_>, name: &str) -> Result<(), KernelError> {
+        let path = self.pins.link(name);
+        bpf::object_pin(link, &path).map_err(|source| KernelError::Pin {
+            action: "make",
+            path,
+            source,
+        })
+    }
+
+    /// The owner of a program above `cgroup` that ours would silently replace.
+    fn overridable(&self, hook: u32, cgroup: &Cgroup) -> Option<String> {
+        self.holders(hook, cgroup)
+            .skip(1)
+            .find(|(_, found)| found.flags & bpf::attach_flags::ALLOW_OVERRIDE != 0)
+            .map(|(holder, found)| {
+                format!("{} on {}", describe(&found.programs), holder.path.display())
+            })
+    }
+
+    /// Why an attach failed: EPERM is another tool's exclusive program more often than a
+    /// lack of rights.
+    fn explain(
+        &self,
+        program: &'static str,
+        hook: u32,
+        cgroup: &Cgroup,
+        source: io::Error,
+    ) -> KernelError {
+        let target = cgroup.path.display().to_string();
+        if source.raw_os_error() == Some(libc::EPERM) {
+            let exclusive = self
+                .holders(hook, cgroup)
+                .find(|(_, found)| found.flags & bpf::attach_flags::ALLOW_MULTI == 0);
+            if let Some((holder, found)) = exclusive {
+                return KernelError::Conflict {
+                    program,
+                    target,
+                    owner: describe(&found.programs),
+                    holder: holder.path.display().to_string(),
+                };
+            }
+        }
+        KernelError::Attach { program, target, source }
+    }
+
+    /// `cgroup` and its ancestors that have programs at the hook, from below.
+    fn holders(&self, hook: u32, cgroup: &Cgroup) -> impl Iterator<Item = (Cgroup, bpf::Attached)> {
+        let ancestors: Vec<PathBuf> = cgroup.name.ancestors().map(Path::to_owned).collect();
+        let hierarchy = self.hierarchy.clone();
+        ancestors.into_iter().filter_map(move |name| {
+            let cgroup = hierarchy.open(&name).ok()?;
+            let directory = File::open(&cgroup.path).ok()?;
+            let found = bpf::query(directory.as_fd(), hook).ok()?;
+            (!found.programs.is_empty()).then_some((cgroup, found))
+        })
+    }
+}
+
+/// Names programs by id for people: `program 12 (cil_sock4_connect)`.
+fn describe(ids: &[u32]) -> String {
+    let names: Vec<String> = ids
+        .iter()
+        .map(|id| {
+            let info = aya::programs::loaded_programs().flatten().find(|info| info.id() == *id);
+            match info.as_ref().and_then(|info| info.name_as_str()) {
+                Some(name) => format!("program {id} ({name})"),
+                None => format!("program {id}"),
+            }
+        })
+        .collect();
+    names.join(", ")
+}
+
+/// Tells "no BPF" and "no rights" apart before anything else fails less clearly.
+fn check_bpf() -> Result<(), KernelError> {
+    match bpf::own_ancestor_cgroup(0) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Err(KernelError::NoBpf),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            Err(KernelError::NotPermitted)
+        }
+        _ => Ok(()),
+    }
+}
+
+fn open_root(
+    hierarchy: &Hierarchy,
+    name: &Path,
+    option: &'static str,
+) -> Result<Cgroup, KernelError> {
+    hierarchy.open(name).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => KernelError::NoCgroup {
+            path: hierarchy.mount().join(name.strip_prefix("/").unwrap_or(name)),
+            option,
+            mount: hierarchy.mount().to_owned(),
+        },
+        _ => KernelError::Io { what: format!("the cgroup {}", name.display()), source: error },
+    })
+}
+
+/// The layouts of the maps that an object declares, less its own data sections.
+fn layouts(bytes: &[u8], object: &'static str) -> Result<BTreeMap<String, Layout>, KernelError> {
+    let parsed = aya_obj::Object::parse(bytes).map_err(|error| KernelError::Load {
+        object,
+        source: Box::new(aya::EbpfError::ParseError(error)),
+    })?;
+    Ok(parsed
+        .maps
+        .iter()
+        .filter(|(name, _)| PINNED.contains(&name.as_str()))
+        .map(|(name, map)| {
+            let layout = Layout {
+                kind: map.map_type(),
+                key_size: map.key_size(),
+                value_size: map.value_size(),
+                max_entries: map.max_entries(),
+            };
+            (name.clone(), layout)
+        })
+        .collect())
+}
+
+fn load_object(
+    bytes: &[u8],
+    object: &'static str,
+    pins: &Path,
+    features: Option<u32>,
+    netns: Option<u64>,
+) -> Result<Ebpf, KernelError> {
+    let paths: Vec<(&str, PathBuf)> = PINNED.iter().map(|name| (*name, pins.join(name))).collect();
+    let mut loader = EbpfLoader::new();
+    loader.default_map_pin_directory(pins);
+    for (name, path) in &paths {
+        loader.map_pin_path(name, path.as_path());
+    }
+    if let Some(features) = &features {
+        loader.override_global("FEATURES", features, object == MAIN_OBJECT);
+    }
+    if let Some(netns) = &netns {
+        loader.override_global("NETNS", netns, true);
+    }
+    loader.load(bytes).map_err(|source| KernelError::Load { object, source: Box::new(source) })
+}
+
+fn load_program(
+    ebpf: &mut Ebpf,
+    object: &'static str,
+    name: &'static str,
+) -> Result<(), KernelError> {
+    let program = ebpf.program_mut(name).ok_or(KernelError::Missing { object, name })?;
+    let loaded = match program {
+        Program::CgroupSockAddr(p) => p.load(),
+        Program::CgroupSkb(p) => p.load(),
+        Program::SockOps(p) => p.load(),
+        Program::SkLookup(p) => p.load(),
+        _ => return Err(KernelError::Missing { object, name }),
+    };
+    loaded.map_err(|source| KernelError::Program { program: name, source: Box::new(source) })
+}
+
+fn program_fd<'a>(
+    ebpf: &'a mut Ebpf,
+    object: &'static str,
+    name: &'static str,
+) -> Result<BorrowedFd<'a>, KernelError> {
+    let program = ebpf.program(name).ok_or(KernelError::Missing { object, name })?;
+    let fd = program
+        .fd()
+        .map_err(|source| KernelError::Program { program: name, source: Box::new(source) })?;
+    Ok(fd.as_fd())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use signet_ebpf::abi::{Config, PodEntry, PolicyKey, PolicyValue};
+    use std::fs;
+
+    /// A cgroup tree and a bpffs of its own, removed at the end.
+    struct Host {
+        dir: tempfile::TempDir,
+        cgroup: PathBuf,
+        name: PathBuf,
+    }
+
+    impl Host {
+        /// `None` where the machine cannot: no root, no cgroup2.
+        fn new(name: &str) -> Option<Self> {
+            if !rustix::process::geteuid().is_root() {
+                return None;
+            }
+            let hierarchy = Hierarchy::find().ok()?;
+            let name = PathBuf::from(format!("/signet-unit-{name}-{}", std::process::id()));
+            let cgroup = hierarchy.mount().join(name.strip_prefix("/").ok()?);
+            fs::create_dir_all(cgroup.join("kubepods")).ok()?;
+            // The tests' own process stays where it is: outside, not above.
+            Some(Self { dir: tempfile::tempdir().ok()?, cgroup, name })
+        }
+
+        fn config(&self) -> KernelConfig {
+            KernelConfig {
+                bpffs: self.dir.path().join("bpf"),
+                instance: "default".into(),
+                workloads: self.name.join("kubepods"),
+                node: self.name.clone(),
+                mask_features: None,
+            }
+        }
+    }
+
+    impl Drop for Host {
+        fn drop(&mut self) {
+            let _ = rustix::mount::unmount(
+                self.dir.path().join("bpf/default"),
+                rustix::mount::UnmountFlags::DETACH,
+            );
+            // The process may have moved into this tree: back to the root, then remove.
+            if let Ok(h) = Hierarchy::find() {
+                let _ = fs::write(h.mount().join("cgroup.procs"), std::process::id().to_string());
+            }
+            for dir in ["kubepods", "signet-agent", ""] {
+                let _ = fs::remove_dir(self.cgroup.join(dir));
+            }
+        }
+    }
+
+    /// One test, because moving the process between cgroups is the whole process's affair.
+    #[test]
+    fn loads_attaches_restarts_and_swaps() {
+        let _own = super::super::cgroup::tests::OWN_CGROUP.lock().unwrap();
+        let Some(host) = Host::new("load") else { return };
+        let config = host.config();
+
+        // A first start.
+        let (mut programs, mut maps) = Programs::load(&config).unwrap();
+        assert!(!programs.is_waiting());
+        assert_eq!(programs.attached(), (13, 13));
+        assert!(programs.agent().name.ends_with("signet-agent"), "{:?}", programs.agent());
+        assert!(!programs.workloads().contains(&programs.agent().name));
+        maps.set_config(Config { revision: 7, ..Config::default() }).unwrap();
+        maps.pods.set(42, PodEntry { identity: 300, ..PodEntry::default() }).unwrap();
+        let rule = (96, PolicyKey::default(), PolicyValue { number: 1, ..PolicyValue::default() });
+        maps.set_policy(42, &[rule]).unwrap();
+        maps.set_policy(42, &[]).unwrap();
+        assert_eq!(maps.policies().unwrap(), [42]);
+        let netns = NetnsFd::of_this_process().unwrap();
+        programs.attach_lookup(&netns).unwrap();
+        assert_eq!(programs.pinned_lookups(), [netns.cookie]);
+        drop((programs, maps));
+
+        // A restart: the same maps, the links' programs replaced.
+        let (mut programs, mut maps) = Programs::load(&config).unwrap();
+        assert_eq!(programs.attached(), (13, 13));
+        assert_eq!(maps.config().unwrap().revision, 7);
+        assert_eq!(maps.pods.rows().unwrap().len(), 1);
+        programs.attach_lookup(&netns).unwrap();
+        maps.pods.remove(&42).unwrap();
+        maps.pods.remove(&42).expect("removing twice is fine");
+        maps.remove_policy(42).unwrap();
+        maps.remove_policy(42).expect("removing twice is fine");
+        drop((programs, maps));
+
+        // Another version's pins: its programs go on until the new ones are activated.
+        let base = config.bpffs.join("default");
+        fs::rename(base.join("v1"), base.join("v0")).unwrap();
+        let (mut programs, maps) = Programs::load(&config).unwrap();
+        assert!(programs.is_waiting());
+        assert_eq!(programs.attached(), (0, 13));
+        assert_eq!(maps.config().unwrap().revision, 0, "maps of another version are not read");
+        programs.activate().unwrap();
+        assert_eq!(programs.attached(), (13, 13));
+        assert!(!base.join("v0").exists());
+        programs.detach_lookup(netns.cookie).unwrap();
+        assert_eq!(programs.pinned_lookups(), [0u64; 0]);
+        drop((programs, maps));
+
+        // A map of another layout in our own directory is set aside, not used.
+        fs::remove_file(base.join("v1/PROBES")).unwrap();
+        aya::maps::HashMap::<_, u32, u32>::create(8, 0)
+            .unwrap()
+            .pin(base.join("v1/PROBES"))
+            .unwrap();
+        let (mut programs, mut maps) = Programs::load(&config).unwrap();
+        assert!(programs.is_waiting());
+        maps.probes.set(1, 1).expect("the new map has the right layout");
+        programs.activate().unwrap();
+        assert_eq!(programs.attached(), (13, 13));
+        drop((programs, maps));
+
+        // What is wrong is named with the option to change.
+        let mut missing = config.clone();
+        missing.workloads = host.name.join("nowhere");
+        let error = Programs::load(&missing).map(drop).unwrap_err().to_string();
+        assert!(error.contains("nowhere") && error.contains("--cgroup-root"), "{error}");
+
+        // Another tool's exclusive program on the parent is named.
+        let workloads = host.cgroup.join("kubepods");
+        fs::remove_file(base.join("v1/links/connect4")).unwrap();
+        let hierarchy = Hierarchy::find().unwrap();
+        let mut foreign = foreign_object();
+        let program = program_fd(&mut foreign, MAIN_OBJECT, "connect4").unwrap();
+        let parent = File::open(&host.cgroup).unwrap();
+        let exclusively =
+            |on| bpf::attach_exclusively(program, parent.as_fd(), attach::CGROUP_INET4_CONNECT, on);
+        exclusively(true).unwrap();
+        let error = Programs::load(&config).map(drop).unwrap_err();
+        assert!(matches!(error, KernelError::Conflict { .. }), "{error}");
+        assert!(error.to_string().contains("connect4"), "{error}");
+        exclusively(false).unwrap();
+        let (programs, _) = Programs::load(&config).expect("it is gone: the control");
+        assert_eq!(programs.attached(), (13, 13));
+        assert!(hierarchy.open(&host.name).is_ok() && workloads.exists());
+    }
+
+    /// An object whose programs are nobody's: loaded over maps of a bpffs of its own.
+    fn foreign_object() -> Ebpf {
+        let pins = tempfile::tempdir().unwrap();
+        super::super::bpffs::ensure(pins.path()).unwrap();
+        let mut ebpf = load_object(MAIN, MAIN_OBJECT, pins.path(), Some(0), None).unwrap();
+        load_program(&mut ebpf, MAIN_OBJECT, "connect4").unwrap();
+        rustix::mount::unmount(pins.path(), rustix::mount::UnmountFlags::DETACH).unwrap();
+        ebpf
+    }
+}
