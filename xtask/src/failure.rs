@@ -15,6 +15,11 @@ impl Failure {
         Self { code: 6, message: message.into() }.into()
     }
 
+    /// Another program ended with this code.
+    pub fn of_code(code: u8, message: &str) -> anyhow::Error {
+        Self { code, message: message.to_owned() }.into()
+    }
+
     /// The exit code of an error: its own when it is a [`Failure`], else 1.
     pub fn code_of(error: &anyhow::Error) -> u8 {
         error.downcast_ref::<Self>().map_or(1, |failure| failure.code)

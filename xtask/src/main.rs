@@ -6,6 +6,7 @@
 
 mod check;
 mod command;
+mod demo;
 mod ebpf;
 mod failure;
 mod setup;
@@ -46,6 +47,8 @@ enum Chore {
     },
     /// Set up, build, and run every test: unit tests, then end to end in the lab (as root).
     Test(test::Selection),
+    /// Set up, build, and show Signet at work on two nodes made on this machine (as root).
+    Demo(demo::Options),
 }
 
 fn main() -> ExitCode {
@@ -74,5 +77,6 @@ fn run(chore: Chore) -> anyhow::Result<()> {
         }
         Chore::Check { rules } => check::run(&workspace, rules),
         Chore::Test(selection) => test::run(&workspace, &selection),
+        Chore::Demo(options) => demo::run(&workspace, &options),
     }
 }

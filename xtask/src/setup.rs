@@ -221,7 +221,8 @@ impl Apt {
         }
         self.update()?;
         let mut apt = privileged("apt-get")?;
-        apt.args(["install", "-y", "-qq", "--no-install-recommends", "-o", "Dpkg::Use-Pty=0"]).args(packages);
+        apt.args(["install", "-y", "-qq", "--no-install-recommends", "-o", "Dpkg::Use-Pty=0"])
+            .args(packages);
         command::run(&mut apt)
     }
 }
