@@ -29,6 +29,7 @@ pub mod netns;
 pub mod observer;
 pub mod policy;
 pub mod proto;
+pub mod proxy;
 pub mod spiffe;
 pub mod svid;
 pub mod telemetry;

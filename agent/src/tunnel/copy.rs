@@ -7,6 +7,7 @@
 //! and exist only while bytes move.
 
 use std::{
+    future::Future,
     io,
     net::Shutdown,
     pin::pin,
@@ -18,7 +19,6 @@ use std::{
 use bytes::{Buf, Bytes};
 use h2::{RecvStream, SendStream};
 use rustix::{buffer::spare_capacity, io::Errno, net::RecvFlags};
-use signet_ebpf::abi::Reason;
 use socket2::SockRef;
 use tokio::{io::Interest, net::TcpStream};
 
@@ -40,29 +40,28 @@ pub struct Counts {
     pub to_app: AtomicU64,
 }
 
-/// Which side broke a flow. The other side has been, or is to be, reset.
+/// Why a flow did not end with both FINs. What was open is, or is to be, reset.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CopyError {
     /// The application's connection was reset or failed.
     #[error("the application's connection failed: {0}")]
     App(#[source] io::Error),
-    /// The tunnel's stream was reset or its connection failed.
+    /// The tunnel's stream (or, direct, the server's connection) was reset or failed.
     #[error("the tunnel's stream failed: {0}")]
-    Tunnel(#[source] io::Error),
+    Peer(#[source] io::Error),
+    /// Its owner ended it.
+    #[error("the flow was ended by its owner")]
+    Stopped,
 }
 
 impl CopyError {
-    /// The reason in flow records: a reset by one of the ends is no fault of ours.
-    pub fn reason(&self) -> Reason {
-        Reason::Allowed
-    }
-
-    /// For the record's `close` field.
-    pub fn closed_by(&self) -> &'static str {
+    /// Who broke the flow, for its record.
+    pub fn broken_by(&self) -> &'static str {
         match self {
             Self::App(_) => "application",
-            Self::Tunnel(_) => "peer",
+            Self::Peer(_) => "peer",
+            Self::Stopped => "agent",
         }
     }
 }
@@ -74,8 +73,13 @@ pub fn reset_on_close(socket: &TcpStream) {
 }
 
 /// Copies between an application's socket and a tunnel stream until both directions have
-/// ended or one side breaks; then the other side is reset.
-pub async fn tunnel(app: TcpStream, mut stream: Stream, counts: &Counts) -> Result<(), CopyError> {
+/// ended, one side breaks or `stop` completes; then what is open is reset.
+pub async fn tunnel(
+    app: TcpStream,
+    mut stream: Stream,
+    counts: &Counts,
+    stop: impl Future<Output = ()>,
+) -> Result<(), CopyError> {
     let result = {
         let mut flow = TunnelFlow {
             app: &app,
@@ -88,14 +92,15 @@ pub async fn tunnel(app: TcpStream, mut stream: Stream, counts: &Counts) -> Resu
         // A reset by the application sets the socket's error; readiness to read does not
         // tell when the flow waits for the tunnel and leaves the application's bytes alone.
         let mut broken = pin!(app.ready(Interest::ERROR));
+        let mut stop = pin!(stop);
         std::future::poll_fn(|cx| {
             if let Poll::Ready(result) = flow.poll(cx) {
                 return Poll::Ready(result);
             }
-            match broken.as_mut().poll(cx) {
-                Poll::Ready(_) => Poll::Ready(Err(CopyError::App(socket_error(&app)))),
-                Poll::Pending => Poll::Pending,
+            if broken.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Err(CopyError::App(socket_error(&app))));
             }
+            stop.as_mut().poll(cx).map(|()| Err(CopyError::Stopped))
         })
         .await
     };
@@ -161,7 +166,7 @@ impl TunnelFlow<'_> {
                 // it would from a socket; one that does not read delays nothing.
                 let _ = self.poll_down(cx, usize::MAX)?;
                 return Poll::Ready(Err(match reset {
-                    Ok(reason) => CopyError::Tunnel(io::Error::new(
+                    Ok(reason) => CopyError::Peer(io::Error::new(
                         io::ErrorKind::ConnectionReset,
                         reason.to_string(),
                     )),
@@ -186,7 +191,7 @@ impl TunnelFlow<'_> {
                         Some(Err(error)) => return Poll::Ready(Err(tunnel_error(error))),
                         None => {
                             let error = io::ErrorKind::BrokenPipe.into();
-                            return Poll::Ready(Err(CopyError::Tunnel(error)));
+                            return Poll::Ready(Err(CopyError::Peer(error)));
                         }
                     };
                 }
@@ -254,24 +259,26 @@ impl TunnelFlow<'_> {
 }
 
 fn tunnel_error(error: h2::Error) -> CopyError {
-    CopyError::Tunnel(hbone::io_error(error))
+    CopyError::Peer(hbone::io_error(error))
 }
 
-/// Copies between two sockets (a flow that goes direct) until both directions have ended
-/// or one side breaks; then the other side is reset.
+/// Copies between two sockets (a flow that goes direct) until both directions have
+/// ended, one side breaks or `stop` completes; then both are reset.
 pub async fn direct(
     client: TcpStream,
     server: TcpStream,
     counts: &Counts,
+    stop: impl Future<Output = ()>,
 ) -> Result<(), CopyError> {
     let result = {
         let mut up = Relay::new(&client, &server, &counts.from_app);
         let mut down = Relay::new(&server, &client, &counts.to_app);
         let mut client_broken = pin!(client.ready(Interest::ERROR));
         let mut server_broken = pin!(server.ready(Interest::ERROR));
+        let mut stop = pin!(stop);
         std::future::poll_fn(|cx| {
-            let sent = up.poll(cx).map_err(|e| e.of(CopyError::App, CopyError::Tunnel))?;
-            let received = down.poll(cx).map_err(|e| e.of(CopyError::Tunnel, CopyError::App))?;
+            let sent = up.poll(cx).map_err(|e| e.of(CopyError::App, CopyError::Peer))?;
+            let received = down.poll(cx).map_err(|e| e.of(CopyError::Peer, CopyError::App))?;
             if sent.is_ready() && received.is_ready() {
                 return Poll::Ready(Ok(()));
             }
@@ -279,9 +286,9 @@ pub async fn direct(
                 return Poll::Ready(Err(CopyError::App(socket_error(&client))));
             }
             if server_broken.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Err(CopyError::Tunnel(socket_error(&server))));
+                return Poll::Ready(Err(CopyError::Peer(socket_error(&server))));
             }
-            Poll::Pending
+            stop.as_mut().poll(cx).map(|()| Err(CopyError::Stopped))
         })
         .await
     };

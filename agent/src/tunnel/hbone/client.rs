@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     FORGIVEN_FRAMES, HboneError, REMEMBER_RESETS_FOR, REMEMBERED_RESETS, Settings, Stream,
-    UNSEEN_RESETS,
+    UNSEEN_RESETS, broken,
     head::{Open, Refusal},
     keepalive::keepalive,
 };
@@ -87,11 +87,7 @@ impl OpenError {
         match self {
             Self::Refused(refusal) => refusal.reason,
             Self::Unanswered(_) => Reason::PeerUnreachable,
-            Self::Broken(error) if error.is_io() || error.is_go_away() => Reason::PeerUnreachable,
-            Self::Broken(error) if error.reason() == Some(h2::Reason::REFUSED_STREAM) => {
-                Reason::LimitExceeded
-            }
-            Self::Broken(_) => Reason::ProtocolError,
+            Self::Broken(error) => broken(error),
             Self::Unencodable(_) => Reason::Internal,
         }
     }

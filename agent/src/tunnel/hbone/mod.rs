@@ -105,8 +105,8 @@ impl HboneError {
     /// The reason in flow records.
     pub fn reason(&self) -> Reason {
         match self {
-            Self::Http2(error) if error.is_io() => Reason::PeerUnreachable,
-            Self::Http2(_) | Self::PrefaceTimeout(_) => Reason::ProtocolError,
+            Self::Http2(error) => broken(error),
+            Self::PrefaceTimeout(_) => Reason::ProtocolError,
             Self::PingTimeout(_) => Reason::PeerUnreachable,
             Self::Cut => Reason::Draining,
         }
@@ -121,6 +121,19 @@ impl HboneError {
             Self::PingTimeout(_) => "ping_timeout",
             Self::Cut => "cut",
         }
+    }
+}
+
+/// The reason that a connection or stream broke for.
+fn broken(error: &h2::Error) -> Reason {
+    match error.get_io() {
+        // TLS below: the server refuses our certificate by an alert, after the client's
+        // own handshake has ended.
+        Some(error) if error.kind() == io::ErrorKind::InvalidData => Reason::HandshakeFailed,
+        Some(_) => Reason::PeerUnreachable,
+        None if error.is_go_away() => Reason::PeerUnreachable,
+        None if error.reason() == Some(h2::Reason::REFUSED_STREAM) => Reason::LimitExceeded,
+        None => Reason::ProtocolError,
     }
 }
 

@@ -1,0 +1,49 @@
+//! What the data plane counts.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+/// Counts since the start, shared by all cores.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Flows whose verdict was FORWARDED or AUDIT.
+    pub forwarded: AtomicU64,
+    /// Flows that were refused.
+    pub refused: AtomicU64,
+    /// Handshakes that succeeded, as a server.
+    pub accepted: AtomicU64,
+    /// Handshakes that succeeded, as a client.
+    pub dialled: AtomicU64,
+    /// Sockets that reached an outbound listener without having been redirected.
+    pub unattributed: AtomicU64,
+    /// Flows given up by their own client before they were decided.
+    pub abandoned: AtomicU64,
+    failures: Mutex<BTreeMap<&'static str, u64>>,
+}
+
+impl Counters {
+    /// Counts one.
+    pub fn add(counter: &AtomicU64) {
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts a failed handshake or connection by its kind.
+    pub fn failed(&self, kind: &'static str) {
+        *self.lock().entry(kind).or_default() += 1;
+    }
+
+    /// Failures by kind.
+    pub fn failures(&self) -> BTreeMap<&'static str, u64> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<&'static str, u64>> {
+        // A count is one operation: nothing half-done is left by a panic.
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

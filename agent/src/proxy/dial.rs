@@ -1,0 +1,213 @@
+//! Dialling a tunnel: from the source pod's own namespace and address, with its identity.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use jiff::Timestamp;
+use signet_ebpf::abi::{Reason, TUNNEL_PORT};
+use tokio::{
+    net::{TcpSocket, TcpStream},
+    time::timeout,
+};
+use tokio_util::task::TaskTracker;
+
+use super::{counters::Counters, plane::Plane, served::Served};
+use crate::{
+    endpoint::state::EndpointKey,
+    spiffe::SpiffeId,
+    tunnel::{
+        hbone::{HboneError, client},
+        pool::{Dialled, Stamp},
+        tls::TlsError,
+    },
+};
+
+/// What flows must have in common to share a tunnel connection.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct TunnelKey {
+    /// The source pod and its network namespace.
+    pub source: EndpointKey,
+    /// The source's identity.
+    pub identity: SpiffeId,
+    /// The source's address.
+    pub source_ip: IpAddr,
+    /// The destination pod.
+    pub destination: IpAddr,
+    /// The only identity that the destination may prove.
+    pub expected: SpiffeId,
+}
+
+/// Why there is no tunnel.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DialError {
+    /// No SVID yet.
+    #[error("no SVID has been issued for {0} yet; `signet status` shows the issuer's state")]
+    SvidMissing(SpiffeId),
+    /// No socket in the source pod's namespace, or not with its address.
+    #[error("no socket from {source_ip} in the source pod's network namespace: {source}")]
+    Socket {
+        /// The source's address.
+        source_ip: IpAddr,
+        /// What failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The destination's node refuses.
+    #[error(
+        "{destination} does not accept tunnels: {source}; maybe its agent is down or a NetworkPolicy blocks port 15008"
+    )]
+    Connect {
+        /// The destination.
+        destination: SocketAddr,
+        /// What failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The destination's node does not answer.
+    #[error(
+        "{destination} did not answer within {within:?}; maybe a NetworkPolicy blocks port 15008"
+    )]
+    ConnectTimeout {
+        /// The destination.
+        destination: SocketAddr,
+        /// The limit.
+        within: Duration,
+    },
+    /// The TLS handshake failed.
+    #[error("the TLS handshake with {destination} failed: {source}")]
+    Tls {
+        /// The destination.
+        destination: SocketAddr,
+        /// What failed.
+        #[source]
+        source: TlsError,
+    },
+    /// The peer does not speak HBONE.
+    #[error("{destination} does not speak HBONE: {source}")]
+    Hbone {
+        /// The destination.
+        destination: SocketAddr,
+        /// What failed.
+        #[source]
+        source: HboneError,
+    },
+}
+
+impl DialError {
+    /// The reason in flow records.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::SvidMissing(_) => Reason::SvidMissing,
+            Self::Socket { .. } | Self::Connect { .. } | Self::ConnectTimeout { .. } => {
+                Reason::PeerUnreachable
+            }
+            Self::Tls { source, .. } => source.reason(),
+            Self::Hbone { source, .. } => source.reason(),
+        }
+    }
+
+    /// A short stable name for counters and records.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::SvidMissing(_) => "svid_missing",
+            Self::Socket { .. } => "socket",
+            Self::Connect { .. } => "connect",
+            Self::ConnectTimeout { .. } => "connect_timeout",
+            Self::Tls { source, .. } => source.kind(),
+            Self::Hbone { source, .. } => source.kind(),
+        }
+    }
+}
+
+/// Dials `key`'s destination; the connection's driver runs on `tracker` until the
+/// endpoint's end.
+pub async fn dial(
+    plane: Arc<Plane>,
+    tracker: TaskTracker,
+    served: Arc<Served>,
+    key: TunnelKey,
+) -> Result<Dialled, DialError> {
+    let result = attempt(&plane, tracker, &served, &key).await;
+    match &result {
+        Ok(_) => Counters::add(&plane.counters.dialled),
+        Err(error) => {
+            plane.counters.failed(error.kind());
+            tracing::debug!(
+                source.uid = %key.source.uid,
+                destination = %key.destination,
+                kind = error.kind(),
+                error = %error,
+                "tunnel not established"
+            );
+        }
+    }
+    result
+}
+
+async fn attempt(
+    plane: &Plane,
+    tracker: TaskTracker,
+    served: &Served,
+    key: &TunnelKey,
+) -> Result<Dialled, DialError> {
+    let svid = plane
+        .svids
+        .get(&key.identity)
+        .ok_or_else(|| DialError::SvidMissing(key.identity.clone()))?;
+    let destination = SocketAddr::new(key.destination, TUNNEL_PORT);
+    let tls_error = |source| DialError::Tls { destination, source };
+    let tls = plane.certificates.client(&svid, &plane.trust).map_err(tls_error)?;
+    let tcp = connect(plane, served, key.source_ip, destination).await?;
+    let expected = std::slice::from_ref(&key.expected);
+    let (stream, peer) = tls.connect(tcp, expected).await.map_err(tls_error)?;
+    // The generation that verified it: a change during the handshake makes it stale.
+    let stamp = Stamp { trust: peer.bundle_generation, ..plane.stamp(&svid) };
+    let (client, driver) = client::handshake(stream, plane.config.hbone)
+        .await
+        .map_err(|source| DialError::Hbone { destination, source })?;
+    let cut = served.cut.clone();
+    tracker.spawn(async move {
+        if let Err(error) = driver.run(cut).await {
+            tracing::debug!(%destination, kind = error.kind(), error = %error, "tunnel ended");
+        }
+    });
+    Ok(Dialled { client, stamp, deadline: deadline(svid.not_after.min(peer.not_after)) })
+}
+
+/// A TCP connection from the pod's own namespace and address.
+pub async fn connect(
+    plane: &Plane,
+    served: &Served,
+    source_ip: IpAddr,
+    destination: SocketAddr,
+) -> Result<TcpStream, DialError> {
+    let socket_error = |source| DialError::Socket { source_ip, source };
+    let fd =
+        (plane.sockets.tcp)(&served.netns, destination.is_ipv6()).await.map_err(socket_error)?;
+    let socket = TcpSocket::from_std_stream(fd.into());
+    socket.bind(SocketAddr::new(source_ip, 0)).map_err(socket_error)?;
+    socket.set_nodelay(true).map_err(socket_error)?;
+    let within = plane.config.connect_timeout;
+    match timeout(within, socket.connect(destination)).await {
+        Ok(Ok(stream)) => Ok(stream),
+        Ok(Err(source)) => Err(DialError::Connect { destination, source }),
+        Err(_) => Err(DialError::ConnectTimeout { destination, within }),
+    }
+}
+
+/// A point of time on the clock that sleeps are measured by.
+pub fn deadline(until: Timestamp) -> Instant {
+    let left = Timestamp::now().duration_until(until);
+    let now = Instant::now();
+    Duration::try_from(left).map_or(now, |left| now.checked_add(left).unwrap_or(now))
+}
+
+/// Stamp of the connections that a dial begun now would make.
+pub fn current_stamp(plane: &Plane, identity: &SpiffeId) -> Option<Stamp> {
+    plane.svids.get(identity).map(|svid| plane.stamp(&svid))
+}

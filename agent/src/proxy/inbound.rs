@@ -1,0 +1,458 @@
+//! The destination's end: authenticates tunnels, judges each flow, delivers it.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Instant,
+};
+
+use signet_ebpf::abi::{Direction, Reason, TUNNEL_PORT};
+use tokio::{net::TcpStream, time::sleep_until};
+use uuid::Uuid;
+
+use super::{
+    counters::Counters,
+    delivery::{DeliveryError, deliver},
+    dial::deadline,
+    judge::{Facts, Judgement, judge},
+    plane::Core,
+    records::{FlowRecords, pod_party},
+    resolve::identity_of,
+    served::Served,
+};
+use crate::{
+    endpoint::state::{EndpointState, NodeState},
+    flow::record::{KnownBy, Party},
+    policy::model::PolicyName,
+    spiffe::{SpiffeId, Svid},
+    tunnel::{
+        copy::{self, CopyError, Counts, reset_on_close},
+        hbone::{
+            HboneError,
+            head::{HeadError, Refusal},
+            server::{Control, Incoming, serve as serve_http2},
+        },
+        tls::{PeerSvid, TlsError},
+    },
+};
+
+/// Why a connection is refused before it carries anything.
+#[derive(Debug, thiserror::Error)]
+enum Unaccepted {
+    #[error("the pod is not registered (any more)")]
+    Unregistered,
+    #[error("too many handshakes or connections of this pod or from this source at once")]
+    Limit,
+    #[error("no SVID has been issued for {0} yet")]
+    SvidMissing(SpiffeId),
+    #[error("the TLS handshake failed: {0}")]
+    Tls(#[from] TlsError),
+    #[error(transparent)]
+    Hbone(#[from] HboneError),
+}
+
+impl Unaccepted {
+    fn reason(&self) -> Reason {
+        match self {
+            Self::Unregistered => Reason::PodUnregistered,
+            Self::Limit => Reason::LimitExceeded,
+            Self::SvidMissing(_) => Reason::SvidMissing,
+            Self::Tls(error) => error.reason(),
+            Self::Hbone(error) => error.reason(),
+        }
+    }
+
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Unregistered => "pod_unregistered",
+            Self::Limit => "limit_exceeded",
+            Self::SvidMissing(_) => "svid_missing",
+            Self::Tls(error) => error.kind(),
+            Self::Hbone(error) => error.kind(),
+        }
+    }
+}
+
+/// Why a flow is refused.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error("the request is malformed: {0}")]
+    Head(#[from] HeadError),
+    #[error("{0} is not an address and port that this tunnel serves")]
+    WrongDestination(SocketAddr),
+    #[error("the pod is not registered (any more)")]
+    Unregistered,
+    #[error("the pod has {0} open flows, its limit; raise limits.openFlows if it is right")]
+    Limit(u32),
+    #[error("a certificate of the connection ran out while it was open")]
+    Expired,
+    #[error("the peer's trust domain is not trusted any more")]
+    Untrusted,
+    #[error("the agent or the endpoint is draining")]
+    Draining,
+    #[error("ingress policy refuses: {:?}", .0.reason)]
+    Policy(Judgement),
+    #[error(transparent)]
+    Delivery(#[from] DeliveryError),
+    #[error("the flow lost its right before it was open: {0:?}")]
+    Closed(Reason),
+}
+
+impl Refused {
+    fn reason(&self) -> Reason {
+        match self {
+            Self::Head(error) => error.reason(),
+            Self::WrongDestination(_) => Reason::WrongDestination,
+            Self::Unregistered => Reason::PodUnregistered,
+            Self::Limit(_) => Reason::LimitExceeded,
+            Self::Expired => Reason::SvidExpired,
+            Self::Untrusted => Reason::UntrustedPeer,
+            Self::Draining => Reason::Draining,
+            Self::Policy(judgement) => judgement.reason,
+            Self::Delivery(error) => error.reason(),
+            Self::Closed(reason) => *reason,
+        }
+    }
+
+    fn policy(&self) -> Option<PolicyName> {
+        match self {
+            Self::Policy(judgement) => judgement.policy.clone(),
+            _ => None,
+        }
+    }
+}
+
+/// An authenticated tunnel connection.
+struct Tunnel {
+    core: Arc<Core>,
+    served: Arc<Served>,
+    /// The tunnel's TCP peer: the only source of the client's address.
+    peer: SocketAddr,
+    /// The pod's address and the tunnel port.
+    local: SocketAddr,
+    /// What the peer's certificate proves.
+    certified: PeerSvid,
+    /// The earlier end of both certificates.
+    until: Instant,
+}
+
+/// Serves one connection to an endpoint's tunnel port to its end.
+pub async fn serve(core: Arc<Core>, served: Arc<Served>, tcp: TcpStream) {
+    let plane = core.plane.clone();
+    let (Ok(peer), Ok(local)) = (tcp.peer_addr(), tcp.local_addr()) else {
+        // Reset before it was accepted.
+        return;
+    };
+    let (peer, local) = (canonical(peer), canonical(local));
+    match accept(core, served.clone(), tcp, peer, local).await {
+        Ok(()) => {}
+        // The connection had been authenticated: its flows have their own records.
+        Err(Unaccepted::Hbone(error)) if !matches!(error, HboneError::PrefaceTimeout(_)) => {
+            if !matches!(error, HboneError::Cut) {
+                plane.counters.failed(error.kind());
+            }
+            tracing::debug!(%peer, %local, kind = error.kind(), %error, "inbound tunnel ended");
+        }
+        Err(error) => {
+            plane.counters.failed(error.kind());
+            Counters::add(&plane.counters.refused);
+            tracing::debug!(%peer, %local, kind = error.kind(), %error, "tunnel refused");
+            let state = plane.state.current();
+            let mut records = FlowRecords::new(
+                &plane.recorder,
+                &state,
+                Uuid::new_v4(),
+                Direction::Ingress,
+                Party::unknown(peer),
+                destination_party(endpoint(&state, &served).as_deref(), local),
+            );
+            records.note("error", error.kind().to_owned());
+            records.refused(error.reason(), None, state.revision);
+        }
+    }
+}
+
+async fn accept(
+    core: Arc<Core>,
+    served: Arc<Served>,
+    tcp: TcpStream,
+    peer: SocketAddr,
+    local: SocketAddr,
+) -> Result<(), Unaccepted> {
+    let plane = core.plane.clone();
+    let limits = **plane.limits.load();
+    // Fails only on a socket that is gone already, which the handshake finds out.
+    let _ = tcp.set_nodelay(true);
+    let handshake = served.handshake(peer.ip(), limits.handshakes, limits.handshakes_per_source);
+    let place = served.connection(limits.open_flows);
+    let (Some(handshake), Some(_place)) = (handshake, place) else {
+        reset_on_close(&tcp);
+        return Err(Unaccepted::Limit);
+    };
+    let state = plane.state.current();
+    let identity = endpoint(&state, &served).ok_or(Unaccepted::Unregistered)?.identity.clone();
+    drop(state);
+    let svid = plane.svids.get(&identity).ok_or(Unaccepted::SvidMissing(identity.clone()))?;
+    let mut trust_changes = plane.trust.subscribe();
+    let tls = plane.certificates.server(&svid, &plane.trust)?;
+    let (stream, certified) = tokio::select! {
+        done = tls.accept(tcp) => done?,
+        () = served.cut.cancelled() => return Err(HboneError::Cut.into()),
+    };
+    drop(handshake);
+    Counters::add(&plane.counters.accepted);
+    let until = expiry(&svid, &certified);
+    let verified_under = certified.bundle_generation;
+    let control = Control { drain: served.drain.child_token(), cut: served.cut.child_token() };
+    let drain = control.drain.clone();
+    let (tracker, settings) = (core.tracker.clone(), plane.config.hbone);
+    let tunnel = Arc::new(Tunnel { core, served, peer, local, certified, until });
+    let serving = serve_http2(stream, settings, control, |incoming| {
+        let tunnel = tunnel.clone();
+        let id = incoming_id(&incoming);
+        tracker.spawn(async move { tunnel.flow(incoming, id).await });
+    });
+    // Says goodbye when its certificates run out or trust changes: the client dials anew
+    // and is verified under what holds then.
+    let retire = async {
+        tokio::select! {
+            () = sleep_until(until.into()) => {}
+            // An error means that trust is gone, with the whole agent.
+            _ = trust_changes.wait_for(|&now| now != verified_under) => {}
+        }
+        drain.cancel();
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        ended = serving => Ok(ended?),
+        () = retire => Ok(()),
+    }
+}
+
+/// The uuid that the client offers.
+fn incoming_id(incoming: &Incoming) -> Option<Uuid> {
+    incoming.head.as_ref().ok().and_then(|open| open.flow)
+}
+
+/// The earlier end of both certificates.
+fn expiry(own: &Svid, peer: &PeerSvid) -> Instant {
+    deadline(own.not_after.min(peer.not_after))
+}
+
+impl Tunnel {
+    /// Serves one CONNECT to its end.
+    async fn flow(&self, mut incoming: Incoming, offered: Option<Uuid>) {
+        let plane = &self.core.plane;
+        let id = plane.flow_ids.admit(offered);
+        let limit = plane.limits.load().open_flows;
+        let place = self.served.flow(limit);
+        let registration = self.core.open_flows.register(self.served.key.clone(), &self.served.cut);
+        let state = plane.state.current();
+        let client = self.client(&incoming);
+        let asked = incoming.head.as_ref().map_or(self.local, |open| open.destination);
+        let endpoint = endpoint(&state, &self.served);
+        let mut records = FlowRecords::new(
+            &plane.recorder,
+            &state,
+            id.uuid(),
+            Direction::Ingress,
+            self.source_party(&state, client),
+            destination_party(endpoint.as_deref(), asked),
+        );
+        let admitted = match place {
+            Some(_) => self.admit(&incoming, client.ip(), |facts| registration.set_facts(facts)),
+            None => Err(Refused::Limit(limit)),
+        };
+        let (destination, judgement) = match admitted {
+            Ok(admitted) => admitted,
+            Err(refused) => return self.refuse(incoming, records, &refused, state.revision),
+        };
+        let delivered = tokio::select! {
+            delivered = deliver(
+                &plane.sockets,
+                &self.served,
+                destination,
+                client,
+                plane.config.app_timeout,
+            ) => delivered.map_err(Refused::Delivery),
+            reason = registration.closed() => Err(Refused::Closed(reason)),
+            () = incoming.abandoned() => {
+                Counters::add(&plane.counters.abandoned);
+                return;
+            }
+        };
+        let app = match delivered {
+            Ok(app) => app,
+            Err(refused) => return self.refuse(incoming, records, &refused, judgement.revision),
+        };
+        let stream = match incoming.accept() {
+            Ok(stream) => stream,
+            Err(error) => {
+                // The client is gone; the application must not take this for an end.
+                tracing::debug!(flow = %id.uuid(), %error, "client gone before the answer");
+                Counters::add(&plane.counters.abandoned);
+                reset_on_close(&app);
+                return;
+            }
+        };
+        records.passed(&judgement);
+        Counters::add(&plane.counters.forwarded);
+        let counts = Counts::default();
+        let stop = async {
+            registration.closed().await;
+        };
+        match copy::tunnel(app, stream, &counts, stop).await {
+            Ok(()) => records.ended(&counts, Reason::Allowed, None),
+            Err(CopyError::Stopped) => {
+                let reason = registration.close_reason().unwrap_or(Reason::Internal);
+                records.ended(&counts, reason, None);
+            }
+            Err(error) => records.ended(&counts, Reason::Allowed, Some(error.broken_by())),
+        }
+    }
+
+    /// The client's address: the tunnel's TCP peer. A header adds at most the port, and
+    /// only when it names that same address.
+    fn client(&self, incoming: &Incoming) -> SocketAddr {
+        let claimed = incoming.head.as_ref().ok().and_then(|open| open.client);
+        match claimed {
+            Some(claimed) if claimed.ip() == self.peer.ip() => claimed,
+            _ => self.peer,
+        }
+    }
+
+    /// Checks the request and judges it under a state that is current after the flow could
+    /// be found by whoever re-judges.
+    fn admit(
+        &self,
+        incoming: &Incoming,
+        client: IpAddr,
+        set_facts: impl Fn(Facts),
+    ) -> Result<(SocketAddr, Judgement), Refused> {
+        let plane = &self.core.plane;
+        let destination = match &incoming.head {
+            Ok(open) => open.destination,
+            Err(error) => return Err(error.clone().into()),
+        };
+        if self.served.drain.is_cancelled() {
+            return Err(Refused::Draining);
+        }
+        if Instant::now() >= self.until {
+            return Err(Refused::Expired);
+        }
+        if plane.trust.bundle(&self.certified.id.trust_domain()).is_none() {
+            return Err(Refused::Untrusted);
+        }
+        loop {
+            let state = plane.state.current();
+            let endpoint = endpoint(&state, &self.served).ok_or(Refused::Unregistered)?;
+            if !may_be_asked_for(&endpoint, self.local, destination) {
+                return Err(Refused::WrongDestination(destination));
+            }
+            let facts = Facts {
+                direction: Direction::Ingress,
+                peer: Some(self.certified.id.clone()),
+                proven: true,
+                peer_ip: client,
+                port: destination.port(),
+            };
+            set_facts(facts.clone());
+            if !Arc::ptr_eq(&state, &plane.state.current()) {
+                continue;
+            }
+            let judgement = judge(&state, &endpoint, &facts);
+            return if judgement.passes() {
+                Ok((destination, judgement))
+            } else {
+                Err(Refused::Policy(judgement))
+            };
+        }
+    }
+
+    /// The client as the record shows it. Its names come from the world by address, and
+    /// only when the certificate agrees with what the world says of that address.
+    fn source_party(&self, state: &NodeState, client: SocketAddr) -> Party {
+        let identity = self.certified.id.clone();
+        let pod = state
+            .world
+            .pods_by_ip
+            .get(&client.ip())
+            .and_then(|uid| state.world.pods.get(uid))
+            .filter(|pod| identity_of(&state.world, pod).as_ref() == Some(&identity));
+        match pod {
+            Some(pod) => pod_party(pod, Some(identity), KnownBy::Mtls, client, None),
+            None => Party {
+                identity: Some(identity),
+                known_by: KnownBy::Mtls,
+                ..Party::unknown(client)
+            },
+        }
+    }
+
+    /// Answers with the reason and records it.
+    fn refuse(&self, incoming: Incoming, mut records: FlowRecords, why: &Refused, revision: u64) {
+        let plane = &self.core.plane;
+        Counters::add(&plane.counters.refused);
+        tracing::debug!(
+            peer = %self.peer,
+            identity = %self.certified.id.as_str(),
+            authority = %incoming.authority,
+            error = %why,
+            "inbound flow refused"
+        );
+        let policy = why.policy();
+        // The names of our policies are for our own trust domain.
+        let own = plane.state.current().world.trust_domain == self.certified.id.trust_domain();
+        let refusal = Refusal::new(why.reason()).with_policy(policy.clone().filter(|_| own));
+        incoming.refuse(&refusal);
+        records.refused(why.reason(), policy, revision);
+    }
+}
+
+/// The endpoint's entry, when it is still the same one.
+fn endpoint(state: &NodeState, served: &Served) -> Option<Arc<EndpointState>> {
+    state.endpoints.get(&served.key.netns).filter(|e| e.key == served.key).cloned()
+}
+
+/// The pod as the destination of a flow.
+fn destination_party(endpoint: Option<&EndpointState>, address: SocketAddr) -> Party {
+    match endpoint {
+        Some(endpoint) if endpoint.addresses.contains(&address.ip()) => pod_party(
+            &endpoint.pod,
+            Some(endpoint.identity.clone()),
+            KnownBy::Kernel,
+            address,
+            None,
+        ),
+        _ => Party::unknown(address),
+    }
+}
+
+/// True when a CONNECT over a tunnel to `local` may name `destination`: the very address
+/// that the tunnel was dialled by, one of the pod's own, never one that means something
+/// else inside the pod, never a port of ours.
+pub(super) fn may_be_asked_for(
+    endpoint: &EndpointState,
+    local: SocketAddr,
+    destination: SocketAddr,
+) -> bool {
+    let ip = destination.ip();
+    let special = ip.is_loopback()
+        || ip.is_unspecified()
+        || ip.is_multicast()
+        || match ip {
+            IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
+            IpAddr::V6(v6) => v6.is_unicast_link_local(),
+        };
+    let port = destination.port();
+    let (first, count) = endpoint.listener6;
+    let ours = port == TUNNEL_PORT
+        || (endpoint.listener4 != 0 && port == endpoint.listener4)
+        || (first != 0 && port.checked_sub(first).is_some_and(|n| n < count));
+    ip == local.ip() && endpoint.addresses.contains(&ip) && !special && port != 0 && !ours
+}
+
+/// IPv4 where it is mapped.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}

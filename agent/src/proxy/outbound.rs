@@ -1,0 +1,370 @@
+//! The source's end: a redirected client, its original destination, the tunnel to it.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    os::fd::AsFd,
+    sync::Arc,
+    time::Duration,
+};
+
+use http::HeaderValue;
+use signet_ebpf::abi::{Direction, Reason};
+use tokio::{io::Interest, net::TcpStream, time::timeout};
+use uuid::Uuid;
+
+use super::{
+    counters::Counters,
+    dial::{self, DialError, TunnelKey},
+    judge::{Facts, Judgement, judge},
+    open_flows::Registration,
+    plane::Core,
+    records::{FlowRecords, pod_party},
+    resolve::{Path, Route, RouteError, Source, route},
+    served::Served,
+};
+use crate::{
+    cluster::model::Pod,
+    endpoint::state::{EndpointState, NodeState},
+    flow::record::{KnownBy, Party, Via},
+    policy::model::PolicyName,
+    tunnel::{
+        copy::{self, CopyError, Counts, reset_on_close},
+        hbone::{
+            Stream,
+            client::{OpenError, Permit},
+            head::Open,
+        },
+        pool::Stamp,
+    },
+};
+
+/// All of finding a tunnel, dialling included; the parts have limits of their own.
+const ESTABLISH_WITHIN: Duration = Duration::from_secs(60);
+
+/// Why a flow is refused, for its record and for the application, which sees a reset.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error("the pod is not registered (any more)")]
+    Unregistered,
+    #[error("the pod has {0} open flows, its limit; raise limits.openFlows if it is right")]
+    Limit(u32),
+    #[error("the pod has no address of the family of {0}")]
+    NoSourceAddress(IpAddr),
+    #[error(transparent)]
+    Route(#[from] RouteError),
+    #[error("egress policy refuses: {:?}", .0.reason)]
+    Policy(Judgement),
+    #[error(transparent)]
+    Dial(Arc<DialError>),
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error("no tunnel to {0} within {ESTABLISH_WITHIN:?}")]
+    TooLong(SocketAddr),
+    #[error("the flow lost its right before it was open: {0:?}")]
+    Closed(Reason),
+}
+
+impl Refused {
+    fn reason(&self) -> Reason {
+        match self {
+            Self::Unregistered => Reason::PodUnregistered,
+            Self::Limit(_) => Reason::LimitExceeded,
+            Self::NoSourceAddress(_) | Self::TooLong(_) => Reason::PeerUnreachable,
+            Self::Route(error) => error.reason(),
+            Self::Policy(judgement) => judgement.reason,
+            Self::Dial(error) => error.reason(),
+            Self::Open(error) => error.reason(),
+            Self::Closed(reason) => *reason,
+        }
+    }
+
+    fn policy(&self) -> Option<PolicyName> {
+        match self {
+            Self::Policy(judgement) => judgement.policy.clone(),
+            Self::Open(OpenError::Refused(refusal)) => refusal.policy.clone(),
+            _ => None,
+        }
+    }
+
+    /// For the record's `error` field, where the reason alone leaves a question.
+    fn kind(&self) -> Option<&'static str> {
+        match self {
+            Self::Dial(error) => Some(error.kind()),
+            Self::Open(OpenError::Unanswered(_)) => Some("unanswered"),
+            Self::Open(OpenError::Broken(_)) => Some("broken"),
+            _ => None,
+        }
+    }
+}
+
+/// How a flow goes on after it was let through.
+enum Onward {
+    Tunnel(Stream, Permit),
+    Direct(TcpStream),
+}
+
+/// Serves one redirected client to its end.
+pub async fn serve(core: Arc<Core>, served: Arc<Served>, app: TcpStream) {
+    let plane = &core.plane;
+    let (Ok(client), Some(dialled)) = (app.peer_addr(), (plane.sockets.original)(app.as_fd()))
+    else {
+        // Not redirected: somebody in the pod dialled the listener itself.
+        Counters::add(&plane.counters.unattributed);
+        reset_on_close(&app);
+        return;
+    };
+    // Fails only on a socket that is gone already, which copying finds out.
+    let _ = app.set_nodelay(true);
+    let limit = plane.limits.load().open_flows;
+    let place = served.flow(limit);
+    let flow = Outbound {
+        registration: core.open_flows.register(served.key.clone(), &served.cut),
+        core: &core,
+        served: &served,
+        client_port: client.port(),
+        dialled,
+        uuid: Uuid::new_v4(),
+    };
+    let state = plane.state.current();
+    let mut records = flow.records(&state);
+    let admitted =
+        if place.is_some() { flow.admit(&mut records) } else { Err(Refused::Limit(limit)) };
+    let admitted = match admitted {
+        Ok(admitted) => admitted,
+        Err(refused) => return flow.refuse(app, records, refused, state.revision),
+    };
+    let established = tokio::select! {
+        established = timeout(ESTABLISH_WITHIN, flow.establish(&admitted)) => match established {
+            Ok(established) => established,
+            Err(_) => Err(Refused::TooLong(admitted.route.destination)),
+        },
+        reason = flow.registration.closed() => Err(Refused::Closed(reason)),
+        _ = app.ready(Interest::ERROR) => {
+            // The client has reset its connection; dropping the attempt resets the stream.
+            Counters::add(&plane.counters.abandoned);
+            reset_on_close(&app);
+            return;
+        }
+    };
+    let onward = match established {
+        Ok(onward) => onward,
+        Err(refused) => return flow.refuse(app, records, refused, admitted.state.revision),
+    };
+    records.set_destination(admitted.destination(matches!(onward, Onward::Tunnel(..))));
+    records.passed(&admitted.judgement);
+    Counters::add(&plane.counters.forwarded);
+    let counts = Counts::default();
+    let stop = async {
+        flow.registration.closed().await;
+    };
+    let result = match onward {
+        Onward::Tunnel(stream, _permit) => copy::tunnel(app, stream, &counts, stop).await,
+        Onward::Direct(server) => copy::direct(app, server, &counts, stop).await,
+    };
+    match result {
+        Ok(()) => records.ended(&counts, Reason::Allowed, None),
+        Err(CopyError::Stopped) => {
+            let reason = flow.registration.close_reason().unwrap_or(Reason::Internal);
+            records.ended(&counts, reason, None);
+        }
+        Err(error) => records.ended(&counts, Reason::Allowed, Some(error.broken_by())),
+    }
+}
+
+/// A flow that was let through on this side.
+struct Admitted {
+    state: Arc<NodeState>,
+    endpoint: Arc<EndpointState>,
+    route: Route,
+    judgement: Judgement,
+    source_ip: IpAddr,
+}
+
+impl Admitted {
+    /// The destination, as the record shows it. `proven`: a handshake has shown who it is.
+    fn destination(&self, proven: bool) -> Party {
+        let route = &self.route;
+        let identity = route.path.identity().cloned();
+        let known_by = match (&identity, proven) {
+            (None, _) => KnownBy::Unknown,
+            (Some(_), true) => KnownBy::Mtls,
+            (Some(_), false) => KnownBy::Address,
+        };
+        match &route.pod {
+            Some(pod) => {
+                pod_party(pod, identity, known_by, route.destination, route.service.as_ref())
+            }
+            None => Party {
+                service: route
+                    .service
+                    .as_ref()
+                    .map(|s| format!("{}/{}", s.namespace, s.name).into()),
+                ..Party::unknown(route.destination)
+            },
+        }
+    }
+}
+
+struct Outbound<'a> {
+    core: &'a Arc<Core>,
+    served: &'a Arc<Served>,
+    client_port: u16,
+    dialled: SocketAddr,
+    uuid: Uuid,
+    registration: Registration,
+}
+
+impl Outbound<'_> {
+    /// The records of the flow, with what is known before anything is resolved.
+    fn records(&self, state: &NodeState) -> FlowRecords {
+        let dialled = SocketAddr::new(self.dialled.ip().to_canonical(), self.dialled.port());
+        let source = match self.endpoint(state) {
+            Ok(endpoint) => {
+                let ip = own_address(&endpoint, dialled.ip()).unwrap_or(dialled.ip());
+                let address = SocketAddr::new(ip, self.client_port);
+                let identity = Some(endpoint.identity.clone());
+                pod_party(&endpoint.pod, identity, KnownBy::Kernel, address, None)
+            }
+            Err(_) => Party::unknown(SocketAddr::new(dialled.ip(), self.client_port)),
+        };
+        FlowRecords::new(
+            &self.core.plane.recorder,
+            state,
+            self.uuid,
+            Direction::Egress,
+            source,
+            Party::unknown(dialled),
+        )
+    }
+
+    fn endpoint(&self, state: &NodeState) -> Result<Arc<EndpointState>, Refused> {
+        let endpoint = state.endpoints.get(&self.served.key.netns);
+        endpoint.filter(|e| e.key == self.served.key).cloned().ok_or(Refused::Unregistered)
+    }
+
+    /// Resolves and judges, under a state that is current after the flow could be found
+    /// by whoever re-judges.
+    fn admit(&self, records: &mut FlowRecords) -> Result<Admitted, Refused> {
+        let plane = &self.core.plane;
+        loop {
+            let state = plane.state.current();
+            let endpoint = self.endpoint(&state)?;
+            let source = Source { mode: endpoint.mode, addresses: &endpoint.addresses };
+            let pick = rand::random();
+            let route = route(&state.world, source, self.dialled, pick)?;
+            let destination = route.destination.ip();
+            let source_ip =
+                own_address(&endpoint, destination).ok_or(Refused::NoSourceAddress(destination))?;
+            let facts = Facts {
+                direction: Direction::Egress,
+                peer: route.path.identity().cloned(),
+                proven: matches!(route.path, Path::Tunnel(_)),
+                peer_ip: destination,
+                port: route.destination.port(),
+            };
+            self.registration.set_facts(facts.clone());
+            if !Arc::ptr_eq(&state, &plane.state.current()) {
+                continue;
+            }
+            let judgement = judge(&state, &endpoint, &facts);
+            let admitted = Admitted { state, endpoint, route, judgement, source_ip };
+            records.set_destination(admitted.destination(false));
+            if matches!(admitted.route.path, Path::Direct(_)) {
+                records.via(Via::Plaintext);
+            }
+            if !admitted.judgement.passes() {
+                return Err(Refused::Policy(admitted.judgement));
+            }
+            return Ok(admitted);
+        }
+    }
+
+    async fn establish(&self, admitted: &Admitted) -> Result<Onward, Refused> {
+        let plane = &self.core.plane;
+        let expected = match &admitted.route.path {
+            Path::Tunnel(identity) => identity.clone(),
+            Path::Direct(_) => {
+                let destination = admitted.route.destination;
+                let server =
+                    dial::connect(plane, self.served, admitted.source_ip, destination).await;
+                return server.map(Onward::Direct).map_err(|e| Refused::Dial(Arc::new(e)));
+            }
+        };
+        let key = TunnelKey {
+            source: self.served.key.clone(),
+            identity: admitted.endpoint.identity.clone(),
+            source_ip: admitted.source_ip,
+            destination: admitted.route.destination.ip(),
+            expected,
+        };
+        let open = Open {
+            destination: admitted.route.destination,
+            client: Some(SocketAddr::new(admitted.source_ip, self.client_port)),
+            flow: Some(self.uuid),
+            baggage: baggage(&admitted.endpoint.pod),
+        };
+        // Without an SVID the dial says so.
+        let none = Stamp { trust: 0, svid_from: 0, svid_until: 0 };
+        let stamp = || dial::current_stamp(plane, &key.identity).unwrap_or(none);
+        let mut second = false;
+        loop {
+            let dial = || {
+                let (tracker, served) = (self.core.tracker.clone(), self.served.clone());
+                dial::dial(plane.clone(), tracker, served, key.clone())
+            };
+            let lease = self.core.pool.lease(&key, stamp, dial).await.map_err(Refused::Dial)?;
+            match lease.client.open(&open).await {
+                Ok(stream) => return Ok(Onward::Tunnel(stream, lease.permit)),
+                // A pooled connection may have died, or said goodbye, since its last flow.
+                Err(error) if lease.reused && !second && error.is_connections_fault() => {
+                    second = true;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Records the refusal; the application sees a reset.
+    fn refuse(&self, app: TcpStream, mut records: FlowRecords, refused: Refused, revision: u64) {
+        reset_on_close(&app);
+        Counters::add(&self.core.plane.counters.refused);
+        tracing::debug!(
+            pod.uid = %self.served.key.uid,
+            dialled = %self.dialled,
+            flow = %self.uuid,
+            error = %refused,
+            "outbound flow refused"
+        );
+        if let Some(kind) = refused.kind() {
+            records.note("error", kind.to_owned());
+        }
+        records.refused(refused.reason(), refused.policy(), revision);
+    }
+}
+
+/// The endpoint's own address of the same family as `towards`.
+fn own_address(endpoint: &EndpointState, towards: IpAddr) -> Option<IpAddr> {
+    let usable = |ip: &&IpAddr| {
+        let link_local = matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
+        ip.is_ipv4() == towards.is_ipv4() && !ip.is_loopback() && !link_local
+    };
+    // The pod's address in the API first: it is the one that peers map to the pod.
+    let known = endpoint.pod.ips.iter().filter(|ip| endpoint.addresses.contains(ip));
+    known.chain(&endpoint.addresses).find(usable).copied()
+}
+
+/// Who the client is, for peers that show it (hbone.md); we read none of it.
+fn baggage(pod: &Pod) -> Option<HeaderValue> {
+    let label = |name: &str| pod.labels.get(name).map(|v| &**v).filter(|v| !v.is_empty());
+    let service = label("app.kubernetes.io/name").or_else(|| label("app"));
+    let service = service.unwrap_or(&pod.name.name);
+    let mut text = format!(
+        "k8s.namespace.name={},k8s.pod.name={},service.name={service}",
+        pod.name.namespace, pod.name.name
+    );
+    if let Some(version) = label("app.kubernetes.io/version").or_else(|| label("version")) {
+        text.push_str(",service.version=");
+        text.push_str(version);
+    }
+    HeaderValue::try_from(text).ok()
+}

@@ -1,0 +1,238 @@
+//! From what an application dialled to whom its flow goes and how (DESIGN §2, §4.3).
+//!
+//! Pure. The choice between tunnel and direct follows the *desired* mode of the peer: an
+//! enrolled peer that is not served is refused from a strict source, never dialled in clear.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use ipnet::IpNet;
+use signet_ebpf::abi::{Mode, Reason, proto};
+
+use crate::{
+    cluster::model::{Endpoint, ObjectName, Pod, Ranges, Service, World},
+    spiffe::SpiffeId,
+};
+
+/// Who dials.
+#[derive(Clone, Copy, Debug)]
+pub struct Source<'a> {
+    /// The pod's mode.
+    pub mode: Mode,
+    /// Its own addresses.
+    pub addresses: &'a [IpAddr],
+}
+
+/// Where a flow goes.
+#[derive(Clone, Debug)]
+pub struct Route {
+    /// The application's address: a pod's, never a virtual one (unless it goes direct to
+    /// something that Signet does not know).
+    pub destination: SocketAddr,
+    /// The pod that has it.
+    pub pod: Option<Arc<Pod>>,
+    /// The Service that was dialled.
+    pub service: Option<ObjectName>,
+    /// How.
+    pub path: Path,
+}
+
+/// How a flow travels.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Path {
+    /// Through a tunnel to the only identity that the pod may have.
+    Tunnel(SpiffeId),
+    /// In clear; the identity that the address shows.
+    Direct(Option<SpiffeId>),
+}
+
+impl Path {
+    /// The other side's identity.
+    pub fn identity(&self) -> Option<&SpiffeId> {
+        match self {
+            Self::Tunnel(identity) => Some(identity),
+            Self::Direct(identity) => identity.as_ref(),
+        }
+    }
+}
+
+/// Why there is nowhere to go.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RouteError {
+    /// The Service has no such port.
+    #[error("the Service {}/{} has no TCP port {port}", service.namespace, service.name)]
+    NoServicePort {
+        /// The Service.
+        service: ObjectName,
+        /// What was dialled.
+        port: u16,
+    },
+    /// The Service's port has no endpoint that takes flows.
+    #[error("no endpoint of {}/{} is ready", service.namespace, service.name)]
+    NoEndpoint {
+        /// The Service.
+        service: ObjectName,
+    },
+    /// The peer's namespace is enrolled and its node has not announced it.
+    #[error("{}/{} is enrolled, but its node does not serve it (yet): is an agent running there?",
+        pod.namespace, pod.name)]
+    NotServed {
+        /// The peer.
+        pod: ObjectName,
+    },
+    /// The address is inside the cluster's ranges and nobody known has it.
+    #[error(
+        "{ip} is inside the cluster's ranges and no pod that is known has it; if it is outside the mesh, list it in outsideRanges"
+    )]
+    UnknownAddress {
+        /// The address.
+        ip: IpAddr,
+    },
+    /// The pod's service account makes no SPIFFE ID.
+    #[error("the identity of {}/{} cannot be named", pod.namespace, pod.name)]
+    NoIdentity {
+        /// The peer.
+        pod: ObjectName,
+    },
+}
+
+impl RouteError {
+    /// The reason in flow records.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::NoServicePort { .. } | Self::NoEndpoint { .. } | Self::NotServed { .. } => {
+                Reason::PeerUnreachable
+            }
+            Self::UnknownAddress { .. } | Self::NoIdentity { .. } => Reason::IdentityUnknown,
+        }
+    }
+}
+
+/// Resolves what was dialled. `pick` chooses among a Service's endpoints: a random number.
+///
+/// # Errors
+/// Where a source of this mode may not go there.
+pub fn route(
+    world: &World,
+    source: Source<'_>,
+    dialled: SocketAddr,
+    pick: u64,
+) -> Result<Route, RouteError> {
+    let ip = dialled.ip().to_canonical();
+    let Some(service) = world.services_by_ip.get(&ip).and_then(|name| world.services.get(name))
+    else {
+        return pod_route(world, source, SocketAddr::new(ip, dialled.port()), None);
+    };
+    let Some(port) =
+        service.ports.iter().find(|p| p.port == dialled.port() && p.protocol == proto::TCP)
+    else {
+        return unserved_service_port(source, service, SocketAddr::new(ip, dialled.port()));
+    };
+    let candidates = takers(&port.endpoints);
+    if candidates.is_empty() {
+        return Err(RouteError::NoEndpoint { service: service.name.clone() });
+    }
+    // The first that this source may reach, beginning at a random one.
+    let start = usize::try_from(pick % candidates.len() as u64).unwrap_or(0);
+    let mut refused = None;
+    for endpoint in candidates[start..].iter().chain(&candidates[..start]) {
+        let address = SocketAddr::new(endpoint.ip.to_canonical(), endpoint.port);
+        match pod_route(world, source, address, Some(service)) {
+            Ok(route) => return Ok(route),
+            Err(error) => {
+                refused.get_or_insert(error);
+            }
+        }
+    }
+    Err(refused.unwrap_or(RouteError::NoEndpoint { service: service.name.clone() }))
+}
+
+/// The endpoints that take flows: ready ones; with none, those that serve while terminating.
+fn takers(endpoints: &[Endpoint]) -> Vec<&Endpoint> {
+    let ready: Vec<_> = endpoints.iter().filter(|e| e.ready).collect();
+    if ready.is_empty() { endpoints.iter().filter(|e| e.serving).collect() } else { ready }
+}
+
+/// A Service address with a port that the Service does not have.
+fn unserved_service_port(
+    source: Source<'_>,
+    service: &Service,
+    address: SocketAddr,
+) -> Result<Route, RouteError> {
+    if source.mode == Mode::Strict {
+        return Err(RouteError::NoServicePort {
+            service: service.name.clone(),
+            port: address.port(),
+        });
+    }
+    Ok(Route {
+        destination: address,
+        pod: None,
+        service: Some(service.name.clone()),
+        path: Path::Direct(None),
+    })
+}
+
+/// A pod's address, or one that is nobody's.
+fn pod_route(
+    world: &World,
+    source: Source<'_>,
+    destination: SocketAddr,
+    service: Option<&Service>,
+) -> Result<Route, RouteError> {
+    let ip = destination.ip();
+    let strict = source.mode == Mode::Strict;
+    let pod = world.pods_by_ip.get(&ip).and_then(|uid| world.pods.get(uid));
+    let service = service.map(|s| s.name.clone());
+    let Some(pod) = pod else {
+        let node = world.nodes.values().any(|addresses| addresses.contains(&ip));
+        let own = source.addresses.contains(&ip);
+        if strict && !node && !own && is_inside(&world.ranges, ip) {
+            return Err(RouteError::UnknownAddress { ip });
+        }
+        return Ok(Route { destination, pod: None, service, path: Path::Direct(None) });
+    };
+    let identity = identity_of(world, pod);
+    let direct = |identity| Route {
+        destination,
+        pod: Some(pod.clone()),
+        service: service.clone(),
+        path: Path::Direct(identity),
+    };
+    // Its own address never leaves the pod.
+    if source.addresses.contains(&ip) || !pod.is_enrolled() {
+        return Ok(direct(identity));
+    }
+    if !world.served.contains_key(&pod.uid) {
+        return if strict {
+            Err(RouteError::NotServed { pod: pod.name.clone() })
+        } else {
+            Ok(direct(identity))
+        };
+    }
+    let Some(identity) = identity else {
+        return Err(RouteError::NoIdentity { pod: pod.name.clone() });
+    };
+    Ok(Route { destination, pod: Some(pod.clone()), service, path: Path::Tunnel(identity) })
+}
+
+/// The identity of a pod's service account in our own trust domain.
+pub fn identity_of(world: &World, pod: &Pod) -> Option<SpiffeId> {
+    SpiffeId::for_service_account(&world.trust_domain, &pod.name.namespace, &pod.service_account)
+        .ok()
+}
+
+/// True when the most specific range that holds `ip` is the pods' or the Services'; an
+/// equally specific outside range wins. With no ranges known, everything is inside.
+fn is_inside(ranges: &Ranges, ip: IpAddr) -> bool {
+    let longest =
+        |nets: &[IpNet]| nets.iter().filter(|net| net.contains(&ip)).map(IpNet::prefix_len).max();
+    let inside = longest(&ranges.pods).max(longest(&ranges.services));
+    match (inside, longest(&ranges.outside)) {
+        (None, None) => ranges.is_unknown(),
+        (inside, outside) => inside > outside,
+    }
+}
