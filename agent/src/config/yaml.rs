@@ -262,10 +262,10 @@ impl Node {
     }
 
     /// A mapping whose fields are all known: calls `read` for each that is not null.
-    pub fn known_fields(
-        &self,
+    pub fn known_fields<'a>(
+        &'a self,
         known: &[&str],
-        mut read: impl FnMut(&str, &Node) -> Result<(), Fault>,
+        mut read: impl FnMut(&'a str, &'a Node) -> Result<(), Fault>,
     ) -> Result<(), Fault> {
         for field in self.fields()? {
             if !known.contains(&field.name.as_str()) {

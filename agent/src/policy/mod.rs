@@ -3,3 +3,4 @@
 pub mod compile;
 pub mod evaluate;
 pub mod model;
+pub mod native;
