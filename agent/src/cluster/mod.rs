@@ -1,7 +1,14 @@
 //! What a node must know of its cluster.
 //!
 //! [`files`] follows a directory of manifests and publishes a [`model::World`] for every
-//! change; [`assemble`] makes the World of objects, whatever their source; [`modes`] are the
-//! rules of labels; [`enrolment`] says who is served.
+//! change; [`manifest`] reads one file, [`objects`] takes from each object what matters,
+//! [`assemble`] joins them, whatever their source; [`modes`] are the rules of labels;
+//! [`enrolment`] says who is served.
 
+pub mod assemble;
+pub mod enrolment;
+pub mod files;
+pub mod manifest;
 pub mod model;
+pub mod modes;
+pub mod objects;

@@ -4,7 +4,7 @@
 //! below reads it. Nothing here does I/O.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
     sync::Arc,
 };
@@ -27,7 +27,7 @@ pub struct ObjectName {
 }
 
 /// The whole of what is known, at one revision.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct World {
     /// Grows by one with each published change.
     pub revision: u64,
@@ -43,6 +43,8 @@ pub struct World {
     pub services: BTreeMap<ObjectName, Arc<Service>>,
     /// Virtual address → Service.
     pub services_by_ip: HashMap<IpAddr, ObjectName>,
+    /// ServiceAccounts.
+    pub service_accounts: BTreeSet<ObjectName>,
     /// Node name → its addresses.
     pub nodes: BTreeMap<Arc<str>, Vec<IpAddr>>,
     /// Every policy that was understood (or understood as failing closed).
@@ -55,6 +57,66 @@ pub struct World {
     pub problems: Vec<Problem>,
     /// Which kinds have been read to their end at least once.
     pub synced: Synced,
+}
+
+impl World {
+    /// Nothing known yet, revision 0.
+    pub fn empty(trust_domain: TrustDomain) -> Self {
+        Self {
+            revision: 0,
+            trust_domain,
+            namespaces: BTreeMap::new(),
+            pods: HashMap::new(),
+            pods_by_ip: HashMap::new(),
+            services: BTreeMap::new(),
+            services_by_ip: HashMap::new(),
+            service_accounts: BTreeSet::new(),
+            nodes: BTreeMap::new(),
+            policies: Arc::default(),
+            ranges: Ranges::default(),
+            served: HashMap::new(),
+            problems: Vec::new(),
+            synced: Synced::default(),
+        }
+    }
+
+    /// True when both say the same, whatever their revisions.
+    pub fn same_as(&self, other: &Self) -> bool {
+        let Self {
+            revision: _,
+            trust_domain,
+            namespaces,
+            pods,
+            pods_by_ip,
+            services,
+            services_by_ip,
+            service_accounts,
+            nodes,
+            policies,
+            ranges,
+            served,
+            problems,
+            synced,
+        } = self;
+        *trust_domain == other.trust_domain
+            && *namespaces == other.namespaces
+            && *pods == other.pods
+            && *pods_by_ip == other.pods_by_ip
+            && *services == other.services
+            && *services_by_ip == other.services_by_ip
+            && *service_accounts == other.service_accounts
+            && *nodes == other.nodes
+            && *policies == other.policies
+            && *ranges == other.ranges
+            && *served == other.served
+            && *problems == other.problems
+            && *synced == other.synced
+    }
+
+    /// The pod of an address.
+    pub fn pod_at(&self, ip: IpAddr) -> Option<&Arc<Pod>> {
+        self.pods.get(self.pods_by_ip.get(&ip.to_canonical())?)
+    }
 }
 
 /// Which sources have given a complete list at least once.

@@ -62,7 +62,7 @@ pub struct Field {
 
 /// What is wrong, and where: one sentence with field, value and remedy.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("{}{}{message}", self.path(), if self.path.is_empty() { "" } else { ": " })]
+#[error("{}{}{message}", self.path(), self.separator())]
 pub struct Fault {
     /// Line in the file, from 1; 0 where it is the whole file.
     pub line: u64,
@@ -85,11 +85,22 @@ impl Fault {
         self
     }
 
-    /// `spec.ingress[0].from`, empty for the whole document.
+    fn separator(&self) -> &'static str {
+        match self.path.last() {
+            None => "",
+            Some(last) if last.ends_with(':') => " ",
+            Some(_) => ": ",
+        }
+    }
+
+    /// `spec.ingress[0].from`, empty for the whole document. A segment that ends with a colon
+    /// stands before the path: `Pod web: spec.nodeName`.
     pub fn path(&self) -> String {
         let mut path = String::new();
         for segment in &self.path {
-            if !path.is_empty() && !segment.starts_with('[') {
+            if path.ends_with(':') {
+                path.push(' ');
+            } else if !path.is_empty() && !segment.starts_with('[') {
                 path.push('.');
             }
             path.push_str(segment);

@@ -53,13 +53,17 @@ const MAX_LABELS: usize = 32;
 pub fn read(object: &Node) -> Result<Policy, Fault> {
     let mut name = None;
     let mut spec = None;
-    fields(object, &["apiVersion", "kind", "metadata", "spec", "status"], |field, node| {
-        match field {
+    fields(
+        object,
+        &["apiVersion", "kind", "metadata", "spec", "status"],
+        |field, node| match field {
             "apiVersion" if node.text()? != API_VERSION => {
                 Err(node.fault(format!("{} is not served; write {API_VERSION}", node.describe())))
             }
-            "kind" if node.text()? != KIND => Err(node
-                .fault(format!("{} is not a kind of {API_VERSION}; write {KIND}", node.describe()))),
+            "kind" if node.text()? != KIND => Err(node.fault(format!(
+                "{} is not a kind of {API_VERSION}; write {KIND}",
+                node.describe()
+            ))),
             "metadata" => {
                 name = Some(read_name(node)?);
                 Ok(())
@@ -69,10 +73,12 @@ pub fn read(object: &Node) -> Result<Policy, Fault> {
                 Ok(())
             }
             _ => Ok(()),
-        }
-    })?;
-    let name = name.ok_or_else(|| object.fault("missing; give name and namespace").within("metadata"))?;
-    let spec = spec.ok_or_else(|| object.fault("missing; write action and rules").within("spec"))?;
+        },
+    )?;
+    let name =
+        name.ok_or_else(|| object.fault("missing; give name and namespace").within("metadata"))?;
+    let spec =
+        spec.ok_or_else(|| object.fault("missing; write action and rules").within("spec"))?;
     read_spec(name, spec).map_err(|fault| fault.within("spec"))
 }
 
@@ -88,7 +94,11 @@ fn read_name(metadata: &Node) -> Result<PolicyName, Fault> {
         Ok(text.into())
     };
     metadata.fields()?;
-    Ok(PolicyName { kind: KIND.into(), namespace: part("namespace", 63)?, name: part("name", 253)? })
+    Ok(PolicyName {
+        kind: KIND.into(),
+        namespace: part("namespace", 63)?,
+        name: part("name", 253)?,
+    })
 }
 
 fn read_spec(name: PolicyName, spec: &Node) -> Result<Policy, Fault> {
@@ -132,8 +142,10 @@ fn read_action(node: &Node) -> Result<Action, Fault> {
         "Allow" => Ok(Action::Allow),
         "Deny" => Ok(Action::Deny),
         "Audit" => Ok(Action::Audit),
-        _ => Err(node
-            .fault(format!("{} is not an action; write Allow, Deny or Audit", node.describe()))),
+        _ => {
+            Err(node
+                .fault(format!("{} is not an action; write Allow, Deny or Audit", node.describe())))
+        }
     }
 }
 
@@ -366,10 +378,7 @@ pub fn is_dns_name(text: &str, most: usize) -> bool {
 
 /// The fault of a text for which [`is_dns_name`] is false.
 pub fn not_a_name(text: &str, most: usize) -> String {
-    format!(
-        "{:?} is not a name; write at most {most} characters a-z, 0-9 and -",
-        shorten(text)
-    )
+    format!("{:?} is not a name; write at most {most} characters a-z, 0-9 and -", shorten(text))
 }
 
 #[cfg(test)]

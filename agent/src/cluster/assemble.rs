@@ -1,0 +1,307 @@
+//! Objects → World: joins what sources have read. Pure, but for the labels' memory.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use super::{
+    model::{
+        Endpoint, Namespace, ObjectName, Pod, PodUid, Problem, Ranges, Service, ServicePort,
+        Synced, World,
+    },
+    modes::{LabelMemory, check_namespace, check_pod, mode_name},
+    objects::{Objects, PodFacts, ServiceFacts, SliceFacts},
+};
+use crate::{
+    policy::model::{Policy, PolicySet},
+    spiffe::TrustDomain,
+};
+
+/// What a World is made of, beside the objects.
+#[derive(Clone, Debug)]
+pub struct Surroundings {
+    /// The cluster's own trust domain.
+    pub trust_domain: TrustDomain,
+    /// Configured ranges; a list that is empty falls back to what Nodes declare.
+    pub ranges: Ranges,
+    /// Every policy that was read.
+    pub policies: Vec<Arc<Policy>>,
+    /// Announcements: pod uid → the node that claims to serve it.
+    pub announced: HashMap<PodUid, Arc<str>>,
+    /// What the source could not read.
+    pub problems: Vec<Problem>,
+    /// What has been read to its end.
+    pub synced: Synced,
+}
+
+/// Joins objects; remembers last valid label values between Worlds.
+#[derive(Clone, Debug, Default)]
+pub struct Assembler {
+    memory: LabelMemory,
+}
+
+impl Assembler {
+    /// The World of these objects, with revision 0.
+    pub fn assemble(&mut self, objects: &Objects, around: Surroundings) -> World {
+        let mut problems = around.problems;
+        let mut namespaces = BTreeMap::new();
+        for facts in &objects.namespaces {
+            for fault in check_namespace(&facts.labels, &facts.annotations) {
+                problems.push(Problem {
+                    subject: subject("namespace", &facts.name, &facts.origin),
+                    message: format!("{}: {}", fault.key, fault.message),
+                });
+            }
+            namespaces.insert(facts.name.clone(), self.memory.namespace(facts));
+        }
+        self.add_vanished(objects, &mut namespaces, &mut problems);
+        let mut pods = HashMap::with_capacity(objects.pods.len());
+        for facts in &objects.pods {
+            let pod = self.pod(facts, namespaces.get(&facts.name.namespace), &mut problems);
+            pods.insert(facts.uid.clone(), Arc::new(pod));
+        }
+        self.memory.retain(
+            &namespaces.keys().cloned().collect(),
+            &objects.pods.iter().map(|pod| pod.uid.clone()).collect(),
+        );
+        let served = served(around.announced, &pods, &mut problems);
+        let services = services(objects);
+        let services_by_ip = services
+            .values()
+            .flat_map(|s| s.cluster_ips.iter().map(|ip| (*ip, s.name.clone())))
+            .collect();
+        let mut policies = around.policies;
+        policies.sort_by(|a, b| a.name.cmp(&b.name));
+        problems.sort_by(|a, b| (&a.subject, &a.message).cmp(&(&b.subject, &b.message)));
+        problems.dedup();
+        World {
+            revision: 0,
+            trust_domain: around.trust_domain,
+            namespaces: namespaces
+                .into_iter()
+                .map(|(name, (namespace, _)): (_, (Namespace, _))| (name, namespace))
+                .collect(),
+            pods_by_ip: pods_by_ip(&objects.pods),
+            pods,
+            services,
+            services_by_ip,
+            service_accounts: objects.service_accounts.iter().cloned().collect(),
+            nodes: objects
+                .nodes
+                .iter()
+                .map(|node| (node.name.clone(), node.addresses.clone()))
+                .collect(),
+            policies: Arc::new(PolicySet { policies }),
+            ranges: ranges(around.ranges, objects),
+            served,
+            problems,
+            synced: around.synced,
+        }
+    }
+
+    /// Pods whose Namespace object is not there: the last state known of it stays in force.
+    fn add_vanished(
+        &mut self,
+        objects: &Objects,
+        namespaces: &mut BTreeMap<Arc<str>, (Namespace, super::model::ModeOrigin)>,
+        problems: &mut Vec<Problem>,
+    ) {
+        let orphaned: BTreeSet<&Arc<str>> = objects
+            .pods
+            .iter()
+            .map(|pod| &pod.name.namespace)
+            .filter(|name| !namespaces.contains_key(*name))
+            .collect();
+        for name in orphaned {
+            let last = self.memory.vanished_namespace(name);
+            problems.push(Problem {
+                subject: format!("namespace {name}"),
+                message: match &last {
+                    Some((last, _)) => format!(
+                        "has pods but no Namespace object any more; its last mode {} stays until \
+                         they are gone",
+                        mode_name(last.mode)
+                    ),
+                    None => "has pods but no Namespace object; they are off until there is one"
+                        .to_owned(),
+                },
+            });
+            if let Some(last) = last {
+                namespaces.insert(name.clone(), last);
+            }
+        }
+    }
+
+    fn pod(
+        &mut self,
+        facts: &PodFacts,
+        namespace: Option<&(Namespace, super::model::ModeOrigin)>,
+        problems: &mut Vec<Problem>,
+    ) -> Pod {
+        let shown = || {
+            let name = format!("{}/{}", facts.name.namespace, facts.name.name);
+            subject("pod", &name, &facts.origin)
+        };
+        let (mode, mode_origin, ignored) = self.memory.pod(facts, namespace);
+        for fault in check_pod(&facts.labels).into_iter().chain(ignored) {
+            problems.push(Problem {
+                subject: shown(),
+                message: format!("{}: {}", fault.key, fault.message),
+            });
+        }
+        if let Some(why) = facts.unenforceable.as_ref().filter(|_| mode.is_enforced()) {
+            if !facts.finished {
+                problems.push(Problem {
+                    subject: shown(),
+                    message: format!("unenforceable in mode {}: {why}", mode_name(mode)),
+                });
+            }
+        }
+        Pod {
+            uid: facts.uid.clone(),
+            name: facts.name.clone(),
+            service_account: facts.service_account.clone(),
+            node: facts.node.clone(),
+            ips: facts.ips.clone(),
+            labels: facts.labels.clone(),
+            host_network: facts.host_network,
+            finished: facts.finished,
+            terminating: facts.terminating,
+            alive: facts.alive,
+            named_ports: facts.named_ports.clone(),
+            mode,
+            mode_origin,
+            unenforceable: facts.unenforceable.clone(),
+        }
+    }
+}
+
+/// `namespace shop (namespaces.yaml:3)`.
+fn subject(kind: &str, name: &str, origin: &str) -> String {
+    if origin.is_empty() { format!("{kind} {name}") } else { format!("{kind} {name} ({origin})") }
+}
+
+/// The newest pod that is neither finished nor in the host's network has the address.
+fn pods_by_ip(pods: &[Arc<PodFacts>]) -> HashMap<IpAddr, PodUid> {
+    let mut owners: HashMap<IpAddr, &PodFacts> = HashMap::new();
+    // Of two that began in the same second, the one that stays; then by uid, so that every
+    // node answers alike.
+    let rank = |pod: &PodFacts| (pod.alive, pod.created, !pod.terminating, pod.uid.clone());
+    for pod in pods.iter().filter(|pod| !pod.finished && !pod.host_network) {
+        for ip in &pod.ips {
+            let owner = owners.entry(*ip).or_insert(pod);
+            if rank(owner) < rank(pod) {
+                *owner = pod;
+            }
+        }
+    }
+    owners.into_iter().map(|(ip, pod)| (ip, pod.uid.clone())).collect()
+}
+
+/// Announcements of a node that the pod is bound to; others are ignored and reported.
+fn served(
+    announced: HashMap<PodUid, Arc<str>>,
+    pods: &HashMap<PodUid, Arc<Pod>>,
+    problems: &mut Vec<Problem>,
+) -> HashMap<PodUid, Arc<str>> {
+    announced
+        .into_iter()
+        .filter(|(uid, node)| {
+            // A uid that nobody knows is a pod that is gone, or not here yet.
+            let Some(pod) = pods.get(uid) else { return false };
+            if pod.node.as_ref() == Some(node) {
+                return true;
+            }
+            problems.push(Problem {
+                subject: format!("status of node {node}"),
+                message: format!(
+                    "served: claims pod {}/{}, which is bound to {}; ignored",
+                    pod.name.namespace,
+                    pod.name.name,
+                    pod.node.as_deref().unwrap_or("no node")
+                ),
+            });
+            false
+        })
+        .collect()
+}
+
+/// Configured ranges, else what Nodes declare (DESIGN §2).
+fn ranges(configured: Ranges, objects: &Objects) -> Ranges {
+    let mut ranges = configured;
+    if ranges.pods.is_empty() {
+        ranges.pods = objects.nodes.iter().flat_map(|node| node.pod_ranges.clone()).collect();
+    }
+    for list in [&mut ranges.pods, &mut ranges.services, &mut ranges.outside] {
+        list.sort();
+        list.dedup();
+    }
+    ranges
+}
+
+fn services(objects: &Objects) -> BTreeMap<ObjectName, Arc<Service>> {
+    let mut slices: HashMap<&ObjectName, Vec<&SliceFacts>> = HashMap::new();
+    for slice in &objects.slices {
+        slices.entry(&slice.service).or_default().push(slice);
+    }
+    objects
+        .services
+        .iter()
+        .map(|facts| {
+            let slices = slices.get(&facts.name).map(Vec::as_slice).unwrap_or_default();
+            (facts.name.clone(), Arc::new(service(facts, slices)))
+        })
+        .collect()
+}
+
+fn service(facts: &ServiceFacts, slices: &[&SliceFacts]) -> Service {
+    let port = |(name, port, protocol): &(Arc<str>, u16, u8)| ServicePort {
+        name: name.clone(),
+        port: *port,
+        protocol: *protocol,
+        endpoints: endpoints(slices, name, *port, *protocol),
+    };
+    Service {
+        name: facts.name.clone(),
+        cluster_ips: facts.cluster_ips.clone(),
+        ports: facts.ports.iter().map(port).collect(),
+    }
+}
+
+/// The ready endpoints of a port by its name; when there is none, the terminating ones that
+/// still serve.
+fn endpoints(slices: &[&SliceFacts], name: &str, port: u16, protocol: u8) -> Vec<Endpoint> {
+    let mut seen = HashSet::new();
+    let mut ready = Vec::new();
+    let mut leaving = Vec::new();
+    for slice in slices {
+        for (slice_name, target, slice_protocol) in &slice.ports {
+            if slice_name.as_ref() != name || *slice_protocol != protocol {
+                continue;
+            }
+            let target = target.unwrap_or(port);
+            for (ip, conditions) in &slice.endpoints {
+                let endpoint = Endpoint {
+                    ip: *ip,
+                    port: target,
+                    ready: conditions.ready,
+                    serving: conditions.serving,
+                };
+                if conditions.ready && seen.insert((*ip, target)) {
+                    ready.push(endpoint);
+                } else if conditions.serving && conditions.terminating {
+                    leaving.push(endpoint);
+                }
+            }
+        }
+    }
+    let mut chosen = if ready.is_empty() { leaving } else { ready };
+    chosen.sort_by_key(|e| (e.ip, e.port));
+    chosen.dedup_by_key(|e| (e.ip, e.port));
+    chosen
+}
+
+#[cfg(test)]
+mod tests;

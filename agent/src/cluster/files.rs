@@ -1,0 +1,565 @@
+//! A directory of manifests, followed live (standalone mode, DESIGN §9).
+//!
+//! `*.yaml`, `*.yml` and `*.json` in the directory are manifests, `ranges.yaml` the address
+//! ranges, `status/<node>.yaml` the board of who is served; other subdirectories are not
+//! followed. A file counts whole or not at all: one that breaks keeps what it said last and
+//! becomes a problem; at start it is an error. Writers should replace files by rename.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs, io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    sync::{Arc, mpsc},
+    time::{Duration, Instant},
+};
+
+use notify::{RecursiveMode, Watcher as _};
+use tokio::sync::watch;
+
+use super::{
+    assemble::{Assembler, Surroundings},
+    enrolment::{Announcement, BOARD_DIR},
+    manifest::{self, Manifest, Object},
+    model::{Problem, Ranges, Synced, World},
+    objects::Objects,
+};
+use crate::{
+    config::{
+        at_line,
+        yaml::{Fault, MAX_FILE_BYTES},
+    },
+    spiffe::TrustDomain,
+};
+
+/// Name of the file with the cluster's address ranges.
+pub const RANGES_FILE: &str = "ranges.yaml";
+
+/// Changes that keep coming are published at the latest after this many quiet times.
+const MAX_DEBOUNCES: u32 = 8;
+/// How soon a watch that was lost is set up again.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// How to follow the directory.
+#[derive(Clone, Debug)]
+pub struct FilesParams {
+    /// The cluster's own trust domain.
+    pub trust_domain: TrustDomain,
+    /// Configured ranges; an empty list falls back to `ranges.yaml`, then to the Nodes'.
+    pub ranges: Ranges,
+    /// How long the directory must be quiet before it is read; about 30 ms.
+    pub debounce: Duration,
+}
+
+impl FilesParams {
+    /// The usual parameters.
+    pub fn new(trust_domain: TrustDomain) -> Self {
+        Self { trust_domain, ranges: Ranges::default(), debounce: Duration::from_millis(30) }
+    }
+}
+
+/// Why the directory cannot be followed; exit code 3.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FilesError {
+    /// The directory cannot be read.
+    #[error("cluster directory {}: cannot be read ({source}); check --cluster-dir", dir.display())]
+    Directory {
+        /// The directory.
+        dir: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file cannot be read or understood.
+    #[error("{0}")]
+    File(FileFault),
+    /// The kernel gives no watch.
+    #[error(
+        "cluster directory {}: cannot be watched ({source}); raise fs.inotify.max_user_watches \
+         or max_user_instances", dir.display()
+    )]
+    Watch {
+        /// The directory.
+        dir: PathBuf,
+        /// Why.
+        source: notify::Error,
+    },
+    /// No thread.
+    #[error("no thread to follow the cluster directory: {0}")]
+    Thread(io::Error),
+}
+
+/// What is wrong with a file: `<path>:<line>: <field>: <value and remedy>`.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{}{}: {message}", path.display(), at_line(*line))]
+pub struct FileFault {
+    /// The file.
+    pub path: PathBuf,
+    /// Line, 0 for the whole file.
+    pub line: u64,
+    /// Field, value and remedy.
+    pub message: String,
+}
+
+/// Follows a directory of manifests.
+#[derive(Debug)]
+pub struct FilesSource;
+
+impl FilesSource {
+    /// Reads the directory and follows it until the last receiver is dropped.
+    ///
+    /// The first World is there when this returns. Every published World differs from the
+    /// one before, and its revision is one more.
+    ///
+    /// # Errors
+    ///
+    /// A directory or file that cannot be read or understood.
+    pub fn start(
+        dir: impl Into<PathBuf>,
+        params: FilesParams,
+    ) -> Result<watch::Receiver<Arc<World>>, FilesError> {
+        let dir = dir.into();
+        let debounce = params.debounce;
+        let (signal, events) = mpsc::channel();
+        let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            // Reading the directory is no change of it. An error may hide one.
+            if !event.is_ok_and(|event| is_read(event.kind)) {
+                let _ = signal.send(());
+            }
+        })
+        .map_err(|source| FilesError::Watch { dir: dir.clone(), source })?;
+        let mut watches = Watches { watcher, dir: dir.clone(), held: [None, None] };
+        // The watch comes before the first reading, so that no change falls between.
+        watches.hold().map_err(|source| FilesError::Watch { dir: dir.clone(), source })?;
+        let (mut directory, world) = Directory::open(dir, params)?;
+        let (sender, receiver) = watch::channel(world);
+        std::thread::Builder::new()
+            .name("signet-files".into())
+            .spawn(move || follow(&mut directory, &mut watches, &events, &sender, debounce))
+            .map_err(FilesError::Thread)?;
+        Ok(receiver)
+    }
+}
+
+fn is_read(kind: notify::EventKind) -> bool {
+    use notify::event::{AccessKind, AccessMode, EventKind};
+    match kind {
+        EventKind::Access(AccessKind::Close(AccessMode::Write)) => false,
+        EventKind::Access(_) => true,
+        _ => false,
+    }
+}
+
+/// The watcher's thread: waits for quiet, reads, publishes.
+fn follow(
+    directory: &mut Directory,
+    watches: &mut Watches,
+    events: &mpsc::Receiver<()>,
+    sender: &watch::Sender<Arc<World>>,
+    debounce: Duration,
+) {
+    while !sender.is_closed() {
+        let lost = watches.hold().is_err();
+        match events.recv_timeout(RETRY) {
+            Ok(()) => {}
+            Err(mpsc::RecvTimeoutError::Timeout) if lost || watches.is_stale() => {}
+            Err(mpsc::RecvTimeoutError::Timeout) => continue,
+            Err(mpsc::RecvTimeoutError::Disconnected) => return,
+        }
+        let latest = Instant::now() + debounce * MAX_DEBOUNCES;
+        while events.recv_timeout(debounce).is_ok() && Instant::now() < latest {}
+        // A directory that was replaced is watched before it is read.
+        let _ = watches.hold();
+        if let Some(world) = directory.refresh() {
+            sender.send_replace(world);
+        }
+    }
+}
+
+/// Watches on the directory and on the board in it.
+struct Watches {
+    watcher: notify::RecommendedWatcher,
+    dir: PathBuf,
+    /// Inodes of the watched directories.
+    held: [Option<(u64, u64)>; 2],
+}
+
+impl Watches {
+    fn dirs(&self) -> [PathBuf; 2] {
+        [self.dir.clone(), self.dir.join(BOARD_DIR)]
+    }
+
+    /// True when a directory is not the one that is watched.
+    fn is_stale(&self) -> bool {
+        self.dirs().iter().zip(self.held).any(|(dir, held)| inode(dir) != held)
+    }
+
+    /// Watches what is there. The board may be missing, the directory may not.
+    fn hold(&mut self) -> notify::Result<()> {
+        let mut result = Ok(());
+        for (index, dir) in self.dirs().iter().enumerate() {
+            let present = inode(dir);
+            if present == self.held[index] && (index > 0 || present.is_some()) {
+                continue;
+            }
+            if self.held[index].take().is_some() {
+                // The kernel drops the watch of a directory that is gone by itself.
+                let _ = self.watcher.unwatch(dir);
+            }
+            match self.watcher.watch(dir, RecursiveMode::NonRecursive) {
+                Ok(()) => self.held[index] = present,
+                Err(error) if index == 0 => result = Err(error),
+                Err(_) => {}
+            }
+        }
+        result
+    }
+}
+
+fn inode(dir: &Path) -> Option<(u64, u64)> {
+    fs::metadata(dir).ok().map(|m| (m.dev(), m.ino()))
+}
+
+/// What tells a file's versions apart without reading it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    fn of(metadata: &fs::Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size: metadata.size(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+
+    /// True when a further write could leave the same stamp: clocks of file systems are coarse.
+    fn is_young(&self) -> bool {
+        let now = jiff::Timestamp::now();
+        let age = now.as_nanosecond()
+            - (i128::from(self.changed.0) * 1_000_000_000 + i128::from(self.changed.1));
+        age < 1_000_000_000
+    }
+}
+
+/// A file that is followed.
+#[derive(Debug)]
+struct Followed<T> {
+    stamp: Stamp,
+    /// The stamp was too young when the file was read to tell the next version apart.
+    young: bool,
+    /// What it said when it was last good.
+    good: Option<T>,
+    /// What is wrong with it now.
+    fault: Option<FileFault>,
+    /// Files that came earlier go first where two hold the same object.
+    age: u64,
+}
+
+/// Files of one kind by name.
+type Followeds<T> = BTreeMap<String, Followed<T>>;
+
+/// The directory's contents; reads, but does not watch.
+#[derive(Debug)]
+struct Directory {
+    dir: PathBuf,
+    params: FilesParams,
+    manifests: Followeds<Manifest>,
+    ranges: Followeds<Ranges>,
+    board: Followeds<Announcement>,
+    assembler: Assembler,
+    /// The directory itself could not be read the last time.
+    unreadable: Option<String>,
+    world: Arc<World>,
+    next_age: u64,
+}
+
+impl Directory {
+    /// Reads a directory for the first time.
+    fn open(dir: PathBuf, params: FilesParams) -> Result<(Self, Arc<World>), FilesError> {
+        let world = Arc::new(World::empty(params.trust_domain.clone()));
+        let mut directory = Self {
+            dir,
+            params,
+            manifests: BTreeMap::new(),
+            ranges: BTreeMap::new(),
+            board: BTreeMap::new(),
+            assembler: Assembler::default(),
+            unreadable: None,
+            world,
+            next_age: 0,
+        };
+        directory
+            .read_all()
+            .map_err(|source| FilesError::Directory { dir: directory.dir.clone(), source })?;
+        // The board is other nodes' word: what is wrong with it must not keep this one down.
+        let faults = directory.manifests.values().filter_map(|f| f.fault.clone());
+        let faults = faults.chain(directory.ranges.values().filter_map(|f| f.fault.clone()));
+        if let Some(fault) = faults.min_by(|a, b| a.path.cmp(&b.path)) {
+            return Err(FilesError::File(fault));
+        }
+        for (name, file) in &directory.manifests {
+            if let Some(fault) = file.good.iter().flat_map(|m| &m.label_faults).next() {
+                return Err(FilesError::File(file_fault(&directory.dir.join(name), fault.clone())));
+            }
+        }
+        if let Some(duplicate) = directory.objects().1.into_iter().next() {
+            return Err(FilesError::File(duplicate));
+        }
+        let world = match directory.publish() {
+            Some(world) => world,
+            None => directory.world.clone(),
+        };
+        Ok((directory, world))
+    }
+
+    /// Reads what changed; a new World, if it says something new.
+    fn refresh(&mut self) -> Option<Arc<World>> {
+        self.unreadable = self.read_all().err().map(|error| error.to_string());
+        self.publish()
+    }
+
+    fn read_all(&mut self) -> io::Result<()> {
+        let listed = list(&self.dir)?;
+        let (ranges, manifests) = listed.into_iter().partition(|(name, _)| name == RANGES_FILE);
+        let board = match list(&self.dir.join(BOARD_DIR)) {
+            Ok(board) => board,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => BTreeMap::new(),
+            Err(error) => return Err(error),
+        };
+        let board = board.into_iter().filter(|(name, _)| name.ends_with(".yaml")).collect();
+        let age = &mut self.next_age;
+        update(&mut self.manifests, &self.dir, manifests, age, manifest::read);
+        update(&mut self.ranges, &self.dir, ranges, age, |_, text| manifest::read_ranges(text));
+        update(&mut self.board, &self.dir.join(BOARD_DIR), board, age, |name, text| {
+            Announcement::read(name.trim_end_matches(".yaml"), text)
+        });
+        Ok(())
+    }
+
+    /// All objects, and those that are there twice (the older file's stays).
+    fn objects(&self) -> (Collected, Vec<FileFault>) {
+        let mut files: Vec<_> = self.manifests.iter().collect();
+        files.sort_by_key(|(_, file)| file.age);
+        let mut seen: HashMap<_, (&str, u64)> = HashMap::new();
+        let mut collected = Collected::default();
+        let mut duplicates = Vec::new();
+        for (name, file) in files {
+            for (line, object) in file.good.iter().flat_map(|m| &m.objects) {
+                let identity = object.identity();
+                if let Some((other, other_line)) = seen.get(&identity) {
+                    let (kind, namespace, named) = identity;
+                    let slash = if namespace.is_empty() { "" } else { "/" };
+                    duplicates.push(FileFault {
+                        path: self.dir.join(name),
+                        line: *line,
+                        message: format!(
+                            "{kind} {namespace}{slash}{named}: also in {other}:{other_line}, which \
+                             stays in force; remove one"
+                        ),
+                    });
+                    continue;
+                }
+                seen.insert(identity, (name, *line));
+                collected.add(object);
+            }
+        }
+        // Files come and go in any order; the World must not depend on it.
+        collected.sort();
+        (collected, duplicates)
+    }
+
+    fn publish(&mut self) -> Option<Arc<World>> {
+        let (collected, duplicates) = self.objects();
+        let mut problems: Vec<Problem> = duplicates.iter().map(Self::problem).collect();
+        problems
+            .extend(self.manifests.values().filter_map(|f| f.fault.as_ref()).map(Self::problem));
+        problems.extend(self.ranges.values().filter_map(|f| f.fault.as_ref()).map(Self::problem));
+        problems.extend(self.board.values().filter_map(|f| f.fault.as_ref()).map(Self::problem));
+        problems.extend(self.unreadable.iter().map(|error| Problem {
+            subject: format!("cluster directory {}", self.dir.display()),
+            message: format!("cannot be read ({error}); what was read last stays in force"),
+        }));
+        let mut ranges = self.params.ranges.clone();
+        if let Some(file) = self.ranges.values().find_map(|f| f.good.as_ref()) {
+            let lists = [
+                (&mut ranges.pods, &file.pods),
+                (&mut ranges.services, &file.services),
+                (&mut ranges.outside, &file.outside),
+            ];
+            for (configured, declared) in lists {
+                if configured.is_empty() {
+                    configured.clone_from(declared);
+                }
+            }
+        }
+        let announced = self
+            .board
+            .values()
+            .filter_map(|f| f.good.as_ref())
+            .flat_map(|a| a.served.keys().map(|uid| (uid.clone(), a.node.clone())));
+        // Two nodes may claim one pod; the one that it is bound to is meant.
+        let mut claims: HashMap<_, Arc<str>> = HashMap::new();
+        let bound: HashMap<_, _> =
+            collected.objects.pods.iter().map(|p| (&p.uid, p.node.as_ref())).collect();
+        for (uid, node) in announced {
+            let is_bound = bound.get(&uid).copied().flatten() == Some(&node);
+            if is_bound || !claims.contains_key(&uid) {
+                claims.insert(uid, node);
+            }
+        }
+        let around = Surroundings {
+            trust_domain: self.params.trust_domain.clone(),
+            ranges,
+            policies: collected.policies,
+            announced: claims,
+            problems,
+            synced: Synced { pods: true, policies: true },
+        };
+        let mut world = self.assembler.assemble(&collected.objects, around);
+        if world.same_as(&self.world) {
+            return None;
+        }
+        for problem in world.problems.iter().filter(|p| !self.world.problems.contains(p)) {
+            tracing::warn!(subject = problem.subject, "{}", problem.message);
+        }
+        world.revision = self.world.revision + 1;
+        self.world = Arc::new(world);
+        Some(self.world.clone())
+    }
+
+    fn problem(fault: &FileFault) -> Problem {
+        Problem {
+            subject: format!("file {}{}", fault.path.display(), at_line(fault.line)),
+            message: fault.message.clone(),
+        }
+    }
+}
+
+/// Objects of all files.
+#[derive(Debug, Default)]
+struct Collected {
+    objects: Objects,
+    policies: Vec<Arc<crate::policy::model::Policy>>,
+}
+
+impl Collected {
+    fn add(&mut self, object: &Object) {
+        let objects = &mut self.objects;
+        match object {
+            Object::Namespace(o) => objects.namespaces.push(o.clone()),
+            Object::ServiceAccount(name) => objects.service_accounts.push(name.clone()),
+            Object::Pod(o) => objects.pods.push(o.clone()),
+            Object::Service(o) => objects.services.push(o.clone()),
+            Object::Slice(_, o) => objects.slices.push(o.clone()),
+            Object::Node(o) => objects.nodes.push(o.clone()),
+            Object::Policy(o) => self.policies.push(o.clone()),
+        }
+    }
+
+    fn sort(&mut self) {
+        self.objects.pods.sort_by(|a, b| a.uid.cmp(&b.uid));
+        self.objects.slices.sort_by(|a, b| a.service.cmp(&b.service));
+        self.objects.nodes.sort_by(|a, b| a.name.cmp(&b.name));
+    }
+}
+
+/// Regular files (or links to them) with a manifest's ending that are not hidden.
+fn list(dir: &Path) -> io::Result<BTreeMap<String, Stamp>> {
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let Ok(name) = entry.file_name().into_string() else { continue };
+        let ending = Path::new(&name).extension().and_then(|e| e.to_str());
+        if name.starts_with('.') || !matches!(ending, Some("yaml" | "yml" | "json")) {
+            continue;
+        }
+        // Follows links: a mounted ConfigMap is links into a directory that is swapped. A file
+        // that is gone by now is told of by the next event.
+        if let Ok(metadata) = fs::metadata(entry.path())
+            && metadata.is_file()
+        {
+            files.insert(name, Stamp::of(&metadata));
+        }
+    }
+    Ok(files)
+}
+
+/// Reads the files that are new or changed, forgets those that are gone.
+fn update<T>(
+    followed: &mut Followeds<T>,
+    dir: &Path,
+    listed: BTreeMap<String, Stamp>,
+    next_age: &mut u64,
+    parse: impl Fn(&str, &str) -> Result<T, Fault>,
+) {
+    followed.retain(|name, _| listed.contains_key(name));
+    for (name, stamp) in listed {
+        if followed.get(&name).is_some_and(|file| file.stamp == stamp && !file.young) {
+            continue;
+        }
+        let path = dir.join(&name);
+        let read = match read_bounded(&path) {
+            Ok((text, stamp)) => parse(&name, &text)
+                .map(|good| (good, stamp))
+                .map_err(|f| (file_fault(&path, f), stamp)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                // Gone between listing and reading; it is forgotten as if not listed.
+                followed.remove(&name);
+                continue;
+            }
+            Err(error) => Err((unreadable(&path, &error), stamp)),
+        };
+        let file = followed.entry(name).or_insert_with(|| {
+            *next_age += 1;
+            Followed { stamp, young: false, good: None, fault: None, age: *next_age }
+        });
+        file.stamp = match read {
+            Ok((good, stamp)) => {
+                file.good = Some(good);
+                file.fault = None;
+                stamp
+            }
+            Err((fault, stamp)) => {
+                file.fault = Some(fault);
+                stamp
+            }
+        };
+        file.young = file.stamp.is_young();
+    }
+}
+
+fn file_fault(path: &Path, fault: Fault) -> FileFault {
+    FileFault { path: path.to_owned(), line: fault.line, message: fault.to_string() }
+}
+
+fn unreadable(path: &Path, error: &io::Error) -> FileFault {
+    let message = if error.kind() == io::ErrorKind::InvalidData {
+        "not UTF-8 text; write YAML".to_owned()
+    } else {
+        format!("cannot be read ({error}); make it readable for the agent or remove it")
+    };
+    FileFault { path: path.to_owned(), line: 0, message }
+}
+
+/// A file's text and the stamp of what was read (not of what stood there when listed).
+fn read_bounded(path: &Path) -> io::Result<(String, Stamp)> {
+    use io::Read as _;
+    let file = fs::File::open(path)?;
+    let stamp = Stamp::of(&file.metadata()?);
+    let mut text = String::new();
+    // One byte more than is allowed, so that the parser sees and names the excess.
+    file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text)?;
+    Ok((text, stamp))
+}
+
+#[cfg(test)]
+mod tests;

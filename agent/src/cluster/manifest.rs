@@ -1,0 +1,325 @@
+//! A manifest file's text → objects, each with its place.
+
+use std::sync::Arc;
+
+use k8s_openapi::api::{
+    core::v1::{Namespace, Node as KubeNode, Pod, Service, ServiceAccount},
+    discovery::v1::EndpointSlice,
+};
+
+use super::{
+    model::{ObjectName, Ranges},
+    modes::{LabelFault, check_namespace, check_pod},
+    objects::{
+        NamespaceFacts, NodeFacts, ObjectFault, PodFacts, ServiceFacts, SliceFacts, object_name,
+    },
+};
+use crate::{
+    config::{
+        values::parse_range,
+        yaml::{self, Fault, Node},
+    },
+    policy::{model::Policy, native},
+};
+
+/// An object of a manifest.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Object {
+    /// A Namespace.
+    Namespace(Arc<NamespaceFacts>),
+    /// A ServiceAccount.
+    ServiceAccount(ObjectName),
+    /// A Pod.
+    Pod(Arc<PodFacts>),
+    /// A Service.
+    Service(Arc<ServiceFacts>),
+    /// An EndpointSlice, with its own name.
+    Slice(ObjectName, Arc<SliceFacts>),
+    /// A Node.
+    Node(Arc<NodeFacts>),
+    /// A policy.
+    Policy(Arc<Policy>),
+}
+
+impl Object {
+    /// What may exist once: kind, namespace, name (for a Pod its uid).
+    pub fn identity(&self) -> (&'static str, Arc<str>, Arc<str>) {
+        let empty = || Arc::from("");
+        match self {
+            Self::Namespace(o) => ("Namespace", empty(), o.name.clone()),
+            Self::ServiceAccount(name) => {
+                ("ServiceAccount", name.namespace.clone(), name.name.clone())
+            }
+            // A pod that was made anew under its old name is another object.
+            Self::Pod(o) => ("Pod with uid", empty(), o.uid.clone()),
+            Self::Service(o) => ("Service", o.name.namespace.clone(), o.name.name.clone()),
+            Self::Slice(name, _) => ("EndpointSlice", name.namespace.clone(), name.name.clone()),
+            Self::Node(o) => ("Node", empty(), o.name.clone()),
+            Self::Policy(o) => ("IdentityPolicy", o.name.namespace.clone(), o.name.name.clone()),
+        }
+    }
+}
+
+/// What a manifest file holds.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Manifest {
+    /// Objects with the line where each begins.
+    pub objects: Vec<(u64, Object)>,
+    /// Labels that were not understood: errors at start, later the rules of labels apply.
+    pub label_faults: Vec<Fault>,
+}
+
+/// Reads a manifest file; `file` is its name, for the objects' origins.
+///
+/// # Errors
+///
+/// The first object that cannot be read; then none of the file's objects counts.
+pub fn read(file: &str, text: &str) -> Result<Manifest, Fault> {
+    let mut manifest = Manifest::default();
+    for document in yaml::parse(text)? {
+        read_document(file, &document, &mut manifest)?;
+    }
+    Ok(manifest)
+}
+
+fn read_document(file: &str, document: &Node, manifest: &mut Manifest) -> Result<(), Fault> {
+    let text = |field: &str| -> Result<&str, Fault> {
+        document.fields()?;
+        match document.get(field) {
+            Some(node) => node.text().map_err(|e| e.within(field)),
+            None => Err(document.fault("missing; this is not a Kubernetes object").within(field)),
+        }
+    };
+    let (version, kind) = (text("apiVersion")?, text("kind")?);
+    if (version, kind) == ("v1", "List") {
+        let Some(items) = document.get("items") else { return Ok(()) };
+        items
+            .list(yaml::MAX_NODES, |item| read_document(file, item, manifest))
+            .map_err(|fault| fault.within("items"))?;
+        return Ok(());
+    }
+    let named = |fault: Fault| {
+        // Whose field it is, when the file holds many objects.
+        let name = document.get("metadata").and_then(|m| m.get("name"));
+        match name.and_then(|n| n.text().ok()) {
+            Some(name) => fault.within(format!("{kind} {}:", yaml::shorten(name))),
+            None => fault.within(format!("{kind}:")),
+        }
+    };
+    let origin = format!("{file}:{}", document.line);
+    let object = read_object(document, version, kind, &origin).map_err(named)?;
+    match &object {
+        Some(Object::Namespace(facts)) => {
+            let faults = check_namespace(&facts.labels, &facts.annotations);
+            manifest.label_faults.extend(faults.into_iter().map(|f| named(placed(document, f))));
+        }
+        Some(Object::Pod(facts)) => {
+            let faults = check_pod(&facts.labels);
+            manifest.label_faults.extend(faults.into_iter().map(|f| named(placed(document, f))));
+        }
+        _ => {}
+    }
+    manifest.objects.extend(object.map(|object| (document.line, object)));
+    Ok(())
+}
+
+/// `None` for kinds that Signet does not read.
+fn read_object(
+    document: &Node,
+    version: &str,
+    kind: &str,
+    origin: &str,
+) -> Result<Option<Object>, Fault> {
+    let at = |fault: ObjectFault| at_field(document, fault);
+    let object = match (version, kind) {
+        ("v1", "Namespace") => {
+            let object: Namespace = document.deserialize_into()?;
+            Object::Namespace(Arc::new(NamespaceFacts::read(&object, origin).map_err(at)?))
+        }
+        ("v1", "ServiceAccount") => {
+            let object: ServiceAccount = document.deserialize_into()?;
+            Object::ServiceAccount(object_name(&object.metadata).map_err(at)?)
+        }
+        ("v1", "Pod") => {
+            let object: Pod = document.deserialize_into()?;
+            Object::Pod(Arc::new(PodFacts::read(&object, origin).map_err(at)?))
+        }
+        ("v1", "Service") => {
+            let object: Service = document.deserialize_into()?;
+            Object::Service(Arc::new(ServiceFacts::read(&object).map_err(at)?))
+        }
+        ("v1", "Node") => {
+            let object: KubeNode = document.deserialize_into()?;
+            Object::Node(Arc::new(NodeFacts::read(&object).map_err(at)?))
+        }
+        ("discovery.k8s.io/v1", "EndpointSlice") => {
+            let object: EndpointSlice = document.deserialize_into()?;
+            let name = object_name(&object.metadata).map_err(at)?;
+            match SliceFacts::read(&object).map_err(at)? {
+                Some(facts) => Object::Slice(name, Arc::new(facts)),
+                None => return Ok(None),
+            }
+        }
+        (version, _) if version.starts_with("signet.dev/") => {
+            Object::Policy(Arc::new(native::read(document)?))
+        }
+        _ => {
+            tracing::debug!(version, kind, origin, "this kind is not read");
+            return Ok(None);
+        }
+    };
+    Ok(Some(object))
+}
+
+/// A fault of a typed object, at the line of the deepest part of its field that is there.
+fn at_field(document: &Node, fault: ObjectFault) -> Fault {
+    let mut node = document;
+    for segment in fault.field.split(['.', '[', ']']).filter(|s| !s.is_empty()) {
+        let next = match (&node.value, segment.parse::<usize>()) {
+            (yaml::Value::List(items), Ok(index)) => items.get(index),
+            _ => node.get(segment),
+        };
+        match next {
+            Some(next) => node = next,
+            None => break,
+        }
+    }
+    Fault::new(node.line, fault.message).within(fault.field)
+}
+
+/// A label's fault at the label's line.
+fn placed(document: &Node, fault: LabelFault) -> Fault {
+    let metadata = document.get("metadata");
+    for map in ["labels", "annotations"] {
+        if let Some(node) = metadata.and_then(|m| m.get(map)?.get(&fault.key)) {
+            return node.fault(fault.message).within(format!("metadata.{map}[{}]", fault.key));
+        }
+    }
+    document.fault(fault.message).within(fault.key.as_ref())
+}
+
+/// Reads `ranges.yaml`.
+pub fn read_ranges(text: &str) -> Result<Ranges, Fault> {
+    let mut ranges = Ranges::default();
+    let Some(root) = yaml::parse_one(text)? else { return Ok(ranges) };
+    root.known_fields(&["podRanges", "serviceRanges", "outsideRanges"], |field, node| {
+        let list = node.list(4096, |n| parse_range(n.text()?).map_err(|m| n.fault(m)))?;
+        match field {
+            "podRanges" => ranges.pods = list,
+            "serviceRanges" => ranges.services = list,
+            _ => ranges.outside = list,
+        }
+        Ok(())
+    })?;
+    Ok(ranges)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn fault(text: &str) -> String {
+        let fault = read("f.yaml", text).unwrap_err();
+        format!("{}: {fault}", fault.line)
+    }
+
+    const POD: &str = "apiVersion: v1
+kind: Pod
+metadata: {name: web, namespace: shop, uid: u-1, labels: {app: web}}
+spec:
+  nodeName: node-1
+  containers:
+  - name: c
+    resources: {limits: {cpu: 1, memory: 1Gi}}
+    ports: [{name: http, containerPort: 8080}]
+status: {phase: Running, podIPs: [{ip: 10.0.0.1}, {ip: fd00::1}]}
+";
+
+    #[test]
+    fn a_pod_in_a_list_and_foreign_kinds() {
+        let text = format!(
+            "apiVersion: v1\nkind: List\nitems:\n- {}---\napiVersion: apps/v1\nkind: Deployment\n",
+            POD.trim_end().replace('\n', "\n  ") + "\n"
+        );
+        let manifest = read("f.yaml", &text).unwrap();
+        let [(4, Object::Pod(pod))] = manifest.objects.as_slice() else {
+            panic!("{manifest:?}");
+        };
+        assert_eq!(pod.ips.len(), 2);
+        assert_eq!(pod.named_ports.get("http"), Some(&8080));
+        assert_eq!(pod.service_account.as_ref(), "default");
+        assert_eq!(pod.origin.as_ref(), "f.yaml:4");
+    }
+
+    #[test]
+    fn faults_name_object_field_value_and_remedy() {
+        assert_eq!(
+            fault(&POD.replace("8080", "http")),
+            "9: Pod web: spec.containers[0].ports[0].containerPort: invalid type: string \
+             \"http\", expected i32"
+        );
+        assert_eq!(
+            fault(&POD.replace("fd00::1", "fd00")),
+            "10: Pod web: status.podIPs[1].ip: \"fd00\" is not an IP address"
+        );
+        assert_eq!(
+            fault(&POD.replace("uid: u-1, ", "")),
+            "3: Pod web: metadata.uid: missing; write the uid that its cgroup carries"
+        );
+        assert_eq!(fault("kind: Pod\n"), "1: apiVersion: missing; this is not a Kubernetes object");
+        assert_eq!(fault("- a\n"), "1: a list where a mapping is wanted");
+        assert_eq!(
+            fault("\n---\napiVersion: signet.dev/v1\nkind: IdentityPolicy\nmetadata: {name: a}\n"),
+            "3: IdentityPolicy a: apiVersion: \"signet.dev/v1\" is not served; write \
+             signet.dev/v1alpha1"
+        );
+    }
+
+    #[test]
+    fn label_faults_stand_at_the_label() {
+        let manifest = read(
+            "f.yaml",
+            "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: shop\n  labels:\n    \
+             signet.dev/mode: strikt\n",
+        )
+        .unwrap();
+        assert_eq!(manifest.objects.len(), 1);
+        let faults: Vec<_> =
+            manifest.label_faults.iter().map(|f| format!("{}: {f}", f.line)).collect();
+        assert_eq!(
+            faults,
+            ["6: Namespace shop: metadata.labels[signet.dev/mode]: \"strikt\" is not a mode; \
+              write off, observe, permissive or strict"]
+        );
+    }
+
+    #[test]
+    fn ranges_are_strict() {
+        let ranges =
+            read_ranges("podRanges: [10.0.0.0/16, fd00::/48]\noutsideRanges: [10.0.9.1]\n")
+                .unwrap();
+        assert_eq!((ranges.pods.len(), ranges.services.len(), ranges.outside.len()), (2, 0, 1));
+        let fault = read_ranges("podRange: []\n").unwrap_err();
+        assert_eq!(fault.to_string(), "podRange: unknown field; did you mean podRanges?");
+        assert!(read_ranges("podRanges: [10.0.0.1/16]\n").is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn reading_never_panics(text in ".{0,300}") {
+            let _ = read("f.yaml", &text);
+            let _ = read_ranges(&text);
+        }
+
+        #[test]
+        fn mangled_manifests_never_panic(at in 0usize..600, cut in 0usize..40, put in "[ -~\n]{0,8}") {
+            let mut text = POD.to_owned();
+            let at = at.min(text.len());
+            let end = (at + cut).min(text.len());
+            text.replace_range(at..end, &put);
+            let _ = read("f.yaml", &text);
+        }
+    }
+}
