@@ -20,6 +20,7 @@
 
 pub mod admin;
 pub mod ca;
+pub mod cli;
 pub mod cluster;
 pub mod config;
 pub mod endpoint;

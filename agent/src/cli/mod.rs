@@ -1,0 +1,175 @@
+//! The command line: arguments to one command, and its exit code.
+
+mod agent;
+mod endpoints;
+mod exit;
+mod filters;
+mod flow_lines;
+mod flows;
+mod sockets;
+mod status;
+mod table;
+
+use std::{ffi::OsString, process::ExitCode};
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+
+pub use self::exit::{Exit, Failure};
+use crate::config::{ConfigSources, Loaded};
+
+/// Sidecarless identity enforcement for Kubernetes.
+#[derive(Parser, Debug)]
+#[command(
+    name = "signet",
+    version,
+    max_term_width = 100,
+    after_help = "\
+Examples:
+  signet flows --verdict dropped --last 50
+  signet flows -f -n shop --not --port 53
+  signet status
+  signet endpoints shop/payments-5b7f
+
+Exit codes: 0 done or yes; 1 the answer is no; 2 usage; 3 bad input; 4 agent unreachable;
+5 not permitted; 6 this host cannot; 70 a bug."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Run the node agent.
+    Agent(agent::AgentArgs),
+    /// Show verdicts on flows, past and live.
+    Flows(flows::FlowsArgs),
+    /// Show whether the agent does its work, and what keeps it from it.
+    Status(status::StatusArgs),
+    /// Show the pods of this node: mode, identity, policies, drops.
+    Endpoints(endpoints::EndpointsArgs),
+}
+
+/// Runs one command; `run_agent` is the node agent, which a command line alone does not need.
+pub fn main(
+    args: impl IntoIterator<Item = OsString>,
+    run_agent: impl FnOnce(Loaded, ConfigSources) -> Result<(), Failure>,
+) -> ExitCode {
+    let args: Vec<OsString> = args.into_iter().collect();
+    if args.get(1).is_none_or(|command| command != "agent") {
+        // A command that only asks ends at any panic; the agent deals with its own.
+        let report = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            report(info);
+            std::process::exit(i32::from(Exit::Bug.code()));
+        }));
+    }
+    match run(args, run_agent) {
+        Ok(exit) => exit.into(),
+        Err(failure) => {
+            anstream::eprintln!("error: {failure}");
+            failure.exit.into()
+        }
+    }
+}
+
+fn run(
+    args: impl IntoIterator<Item = OsString>,
+    run_agent: impl FnOnce(Loaded, ConfigSources) -> Result<(), Failure>,
+) -> Result<Exit, Failure> {
+    let parsed = Cli::command()
+        .try_get_matches_from(args)
+        .and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, matches)));
+    let (cli, matches) = match parsed {
+        Ok(parsed) => parsed,
+        Err(error) => {
+            // Help and version go to stdout and are no error.
+            let _ = error.print();
+            return Ok(if error.use_stderr() { Exit::Usage } else { Exit::Done });
+        }
+    };
+    match cli.command {
+        Command::Agent(args) => agent::run(args, run_agent),
+        Command::Flows(args) => {
+            let terms = filters::terms(matches.subcommand_matches("flows"))?;
+            client(flows::run(args, terms))
+        }
+        Command::Status(args) => client(status::run(args)),
+        Command::Endpoints(args) => client(endpoints::run(args)),
+    }
+}
+
+/// Runs a command that only asks, on this thread.
+fn client(command: impl Future<Output = Result<Exit, Failure>>) -> Result<Exit, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| Failure::new(Exit::Host, format!("no runtime can be started: {e}")))?;
+    runtime.block_on(command)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn exit_of(args: &[&str]) -> Result<Exit, Failure> {
+        let args = ["signet"].iter().chain(args).map(OsString::from);
+        run(args, |loaded, _| {
+            Err(Failure::new(Exit::Host, format!("asked to run as {}", loaded.config.node)))
+        })
+    }
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn help_is_no_error_and_nonsense_is_usage() {
+        assert_eq!(exit_of(&["--help"]).unwrap(), Exit::Done);
+        assert_eq!(exit_of(&["flows", "--help"]).unwrap(), Exit::Done);
+        assert_eq!(exit_of(&["agent", "--help"]).unwrap(), Exit::Done);
+        assert_eq!(exit_of(&["flows", "--no-such-flag"]).unwrap(), Exit::Usage);
+        assert_eq!(exit_of(&["no-such-command"]).unwrap(), Exit::Usage);
+    }
+
+    #[test]
+    fn agent_flags_become_configuration() {
+        // The control: with good flags the agent is run.
+        let failure =
+            exit_of(&["agent", "--node", "node-7", "--authority", "embedded"]).unwrap_err();
+        assert_eq!(
+            (failure.exit, failure.to_string()),
+            (Exit::Host, "asked to run as node-7".into())
+        );
+
+        let failure = exit_of(&["agent"]).unwrap_err();
+        assert_eq!(failure.exit, Exit::Input);
+        assert!(failure.to_string().contains("--node"), "{failure}");
+
+        let failure = exit_of(&["agent", "--node", "n", "--svid-ttl", "soon"]).unwrap_err();
+        assert_eq!(failure.exit, Exit::Input);
+        assert!(failure.to_string().contains("--svid-ttl"), "{failure}");
+        assert!(failure.to_string().contains("soon"), "{failure}");
+
+        let failure = exit_of(&["agent", "--node", "n", "--config", "/no/such/file"]).unwrap_err();
+        assert_eq!(failure.exit, Exit::Input);
+        assert!(failure.to_string().contains("/no/such/file"), "{failure}");
+    }
+
+    #[test]
+    fn print_config_runs_no_agent() {
+        assert_eq!(exit_of(&["agent", "--node", "n", "--print-config"]).unwrap(), Exit::Done);
+    }
+
+    #[test]
+    fn an_agent_that_nobody_serves_is_unreachable() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("agent.sock");
+        for command in ["flows", "status", "endpoints"] {
+            let failure = exit_of(&[command, "--socket", socket.to_str().unwrap()]).unwrap_err();
+            assert_eq!(failure.exit, Exit::Unreachable, "{command}");
+            assert!(failure.to_string().contains("agent.sock"), "{failure}");
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! Connections to agents over their admin sockets.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint, Uri};
+
+use super::exit::{Exit, Failure};
+
+/// An agent has so long to accept a connection and to answer a question.
+pub const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Which agents are asked.
+#[derive(clap::Args, Clone, Debug)]
+pub struct SocketArgs {
+    /// Admin socket of an agent; give it several times to ask several agents.
+    #[arg(
+        long = "socket",
+        value_name = "path",
+        env = "SIGNET_SOCKET",
+        value_delimiter = ',',
+        default_value = "/run/signet/admin/agent.sock",
+        global = false
+    )]
+    pub sockets: Vec<PathBuf>,
+}
+
+/// A connected agent.
+#[derive(Clone, Debug)]
+pub struct Agent {
+    /// The socket's path, for messages.
+    pub socket: Arc<str>,
+    /// The connection.
+    pub channel: Channel,
+}
+
+/// Connects to one agent.
+pub async fn connect(path: &Path) -> Result<Agent, Failure> {
+    let socket: Arc<str> = path.display().to_string().into();
+    let stream = match tokio::time::timeout(TIMEOUT, UnixStream::connect(path)).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => return Err(unreachable(&socket, &error)),
+        Err(_) => {
+            let error = io::Error::from(io::ErrorKind::TimedOut);
+            return Err(unreachable(&socket, &error));
+        }
+    };
+    // The one connection is made already; tonic asks for it by a connector.
+    let stream = Arc::new(Mutex::new(Some(stream)));
+    let connector = tower::service_fn(move |_: Uri| {
+        let taken = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
+        async move {
+            taken.map(TokioIo::new).ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))
+        }
+    });
+    let channel = Endpoint::from_static("http://signet.local")
+        .connect_with_connector(connector)
+        .await
+        .map_err(|e| {
+            Failure::new(Exit::Unreachable, format!("{socket}: no agent answers there: {e}"))
+        })?;
+    Ok(Agent { socket, channel })
+}
+
+/// Connects to all; those that cannot be reached are told on stderr. None at all is a failure.
+pub async fn connect_all(args: &SocketArgs) -> Result<(Vec<Agent>, bool), Failure> {
+    let mut agents = Vec::new();
+    let mut first_failure = None;
+    let mut is_complete = true;
+    for path in &args.sockets {
+        match connect(path).await {
+            Ok(agent) => agents.push(agent),
+            Err(failure) => {
+                is_complete = false;
+                if args.sockets.len() > 1 {
+                    anstream::eprintln!("warning: {failure}");
+                }
+                first_failure.get_or_insert(failure);
+            }
+        }
+    }
+    match (agents.is_empty(), first_failure) {
+        (true, Some(failure)) => Err(failure),
+        _ => Ok((agents, is_complete)),
+    }
+}
+
+/// An agent's answer, if it comes in time.
+pub async fn within_time<T>(
+    agent: &Agent,
+    answer: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+) -> Result<T, Failure> {
+    match tokio::time::timeout(TIMEOUT, answer).await {
+        Ok(Ok(answer)) => Ok(answer.into_inner()),
+        Ok(Err(status)) => Err(Failure::refused(&agent.socket, &status)),
+        Err(_) => Err(Failure::new(
+            Exit::Unreachable,
+            format!("{}: the agent does not answer", agent.socket),
+        )),
+    }
+}
+
+fn unreachable(socket: &str, error: &io::Error) -> Failure {
+    let (exit, remedy) = match error.kind() {
+        io::ErrorKind::PermissionDenied => (Exit::Denied, "the admin socket is for root only"),
+        io::ErrorKind::NotFound => {
+            (Exit::Unreachable, "is the agent running, and is --socket right?")
+        }
+        _ => (Exit::Unreachable, "is the agent running?"),
+    };
+    Failure::new(exit, format!("{socket}: {error}; {remedy}"))
+}
