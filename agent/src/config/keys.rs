@@ -4,7 +4,9 @@ use std::{fmt::Display, path::PathBuf, str::FromStr, time::Duration};
 
 use super::{
     AgentConfig,
-    values::{Authority, Enforcement, LogFormat, UnknownPods, WhenAgentDead, parse_range},
+    values::{
+        Authority, Enforcement, LogFormat, OtherProtocols, UnknownPods, WhenAgentDead, parse_range,
+    },
     yaml::shorten,
 };
 
@@ -293,6 +295,10 @@ keys! {
          nothing."
         set(c, v) { c.enforcement = Enforcement::parse(one(v)?)?; }
         get(c) vec![c.enforcement.as_str().into()];
+    "otherProtocols" Live false "allow|deny"
+        "Protocols besides TCP and UDP, from and to pods that are not off."
+        set(c, v) { c.other_protocols = OtherProtocols::parse(one(v)?)?; }
+        get(c) vec![c.other_protocols.as_str().into()];
     "neverDeny" Live true "namespaces"
         "Namespaces whose pods are registered first and never wait, besides kube-system."
         set(c, v) { c.never_deny = each(v, |n| label(n, 63))?; }
@@ -304,15 +310,16 @@ keys! {
             })?;
         }
         get(c) shown(&c.cluster_dns);
-    "podRanges" Live true "CIDRs"
-        "Address ranges of pods: strict refuses an address inside them that nobody knows. Adds to \
-         what the cluster itself declares."
+    "podRanges" Restart true "CIDRs"
+        "Address ranges of pods: strict refuses an address inside them that nobody knows. The \
+         default is what ranges.yaml declares, else what Nodes do (spec.podCIDRs)."
         set(c, v) { c.pod_ranges = each(v, parse_range)?; }
         get(c) shown(&c.pod_ranges);
-    "serviceRanges" Live true "CIDRs" "Address ranges of Services, likewise."
+    "serviceRanges" Restart true "CIDRs"
+        "Address ranges of Services; the default is what ranges.yaml declares."
         set(c, v) { c.service_ranges = each(v, parse_range)?; }
         get(c) shown(&c.service_ranges);
-    "outsideRanges" Live true "CIDRs" "Parts of the above that lie outside the mesh all the same."
+    "outsideRanges" Restart true "CIDRs" "Parts of the above that lie outside the mesh all the same."
         set(c, v) { c.outside_ranges = each(v, parse_range)?; }
         get(c) shown(&c.outside_ranges);
     "strictGrace" Live false "duration"

@@ -19,7 +19,7 @@ use std::{
 use ipnet::IpNet;
 
 pub use self::keys::{Apply, KEYS, Key};
-use self::values::{Authority, Enforcement, LogFormat, UnknownPods, WhenAgentDead};
+use self::values::{Authority, Enforcement, LogFormat, OtherProtocols, UnknownPods, WhenAgentDead};
 use self::yaml::{Fault, Node, Value};
 
 /// The agent's configuration, complete and valid.
@@ -42,6 +42,7 @@ pub struct AgentConfig {
     pub unknown_pods: UnknownPods,
     pub when_agent_dead: WhenAgentDead,
     pub enforcement: Enforcement,
+    pub other_protocols: OtherProtocols,
     pub never_deny: Vec<String>,
     pub cluster_dns: Vec<IpAddr>,
     pub pod_ranges: Vec<IpNet>,
@@ -89,6 +90,7 @@ impl Default for AgentConfig {
             unknown_pods: UnknownPods::Auto,
             when_agent_dead: WhenAgentDead::Allow,
             enforcement: Enforcement::Enforce,
+            other_protocols: OtherProtocols::Allow,
             never_deny: Vec::new(),
             cluster_dns: Vec::new(),
             pod_ranges: Vec::new(),

@@ -131,6 +131,16 @@ impl Enforcement {
 }
 
 words! {
+    /// What becomes of protocols besides TCP and UDP.
+    OtherProtocols {
+        /// They pass.
+        Allow = "allow",
+        /// They are refused.
+        Deny = "deny",
+    }
+}
+
+words! {
     /// How logs are written.
     LogFormat {
         /// For people.

@@ -381,3 +381,6 @@ fn own_address(nodes: &[(u8, u128)], bits: u8, first: u128) -> Option<u128> {
 fn last_of(bits: u8, first: u128) -> u128 {
     first | u128::MAX.checked_shr(u32::from(bits)).unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests;

@@ -247,3 +247,6 @@ fn names_domain(pattern: &str, domain: &TrustDomain) -> bool {
         .and_then(|rest| rest.strip_prefix(domain.as_str()))
         .is_some_and(|rest| rest.starts_with('/'))
 }
+
+#[cfg(test)]
+mod tests;

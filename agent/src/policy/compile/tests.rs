@@ -1,0 +1,388 @@
+use proptest::{
+    collection::vec,
+    option,
+    prelude::*,
+    sample::{Index, select},
+};
+use signet_ebpf::{
+    abi::{AddressEntry, Config, Mode, PodEntry, address, range},
+    decide::{Flow, PolicyMaps, decide_egress, decide_ingress},
+};
+
+use super::*;
+use crate::policy::model::{Action, Peer, Ports, Rule, Selector};
+
+const POD: u64 = 7;
+
+/// The kernel's maps with the compiled policy, looked up by longest prefix.
+struct Maps {
+    config: Config,
+    pod: PodEntry,
+    peer: Option<AddressEntry>,
+    policy: Vec<PolicyEntry>,
+}
+
+impl PolicyMaps for Maps {
+    fn config(&self) -> Option<&Config> {
+        Some(&self.config)
+    }
+    fn pod(&self, netns: u64) -> Option<&PodEntry> {
+        (netns == POD).then_some(&self.pod)
+    }
+    fn is_own(&self, _: u64, _: Ip) -> bool {
+        false
+    }
+    fn address(&self, _: Ip) -> Option<&AddressEntry> {
+        self.peer.as_ref()
+    }
+    fn service(&self, _: Ip, _: u16, _: u8) -> Option<u32> {
+        None
+    }
+    fn range(&self, _: Ip) -> Option<u32> {
+        Some(range::OUTSIDE)
+    }
+    fn policy(&self, _: u64, bits: u32, key: &PolicyKey) -> Option<&PolicyValue> {
+        self.policy
+            .iter()
+            .filter(|(length, entry, _)| *length <= bits && shares(&entry.0, &key.0, *length))
+            .max_by_key(|(length, ..)| *length)
+            .map(|(.., value)| value)
+    }
+    fn is_exempt(&self, _: u64, _: u16, _: u8) -> bool {
+        false
+    }
+    fn is_probe(&self, _: &Flow) -> bool {
+        false
+    }
+}
+
+/// True when the first `bits` bits are the same.
+fn shares(a: &[u8; 20], b: &[u8; 20], bits: u32) -> bool {
+    (0..bits as usize).all(|i| (a[i / 8] ^ b[i / 8]) & (0x80 >> (i % 8)) == 0)
+}
+
+fn domain() -> TrustDomain {
+    TrustDomain::parse("cluster.local").unwrap()
+}
+
+fn identities() -> Vec<(u32, SpiffeId)> {
+    [("shop", "front"), ("shop", "pay"), ("evil", "front")]
+        .into_iter()
+        .enumerate()
+        .map(|(i, (ns, sa))| {
+            let id = SpiffeId::for_service_account(&domain(), ns, sa).unwrap();
+            (256 + i as u32, id)
+        })
+        .collect()
+}
+
+fn number_of(name: &PolicyName) -> u32 {
+    name.name.parse().unwrap()
+}
+
+fn compiled(policies: &[Arc<Policy>], default_deny: bool, observe: bool) -> Vec<PolicyEntry> {
+    compile(&CompileInput {
+        policies,
+        default_deny,
+        trust_domain: &domain(),
+        identities: &identities(),
+        number: &number_of,
+        observe,
+        max_entries: 1_000_000,
+    })
+    .unwrap()
+}
+
+fn texts(from: &'static [&'static str]) -> impl Strategy<Value = Vec<Arc<str>>> {
+    prop_oneof![
+        3 => Just(vec![]),
+        1 => vec(select(from).prop_map(Arc::from), 1..3),
+    ]
+}
+
+fn accounts() -> impl Strategy<Value = Vec<(Arc<str>, Arc<str>)>> {
+    let pair = (select(&["shop", "evil"][..]), select(&["front", "pay"][..]));
+    prop_oneof![
+        3 => Just(vec![]),
+        1 => vec(pair.prop_map(|(n, a)| (n.into(), a.into())), 1..3),
+    ]
+}
+
+fn blocks() -> impl Strategy<Value = Vec<IpNet>> {
+    const BLOCKS: &[&str] = &[
+        "0.0.0.0/0",
+        "10.0.0.0/8",
+        "10.0.0.0/9",
+        "10.128.0.0/9",
+        "10.1.0.0/16",
+        "10.1.2.3/32",
+        "::/0",
+        "::/1",
+        "8000::/1",
+        "::/80",
+        "fd00::/8",
+        "fd00:1::/32",
+        "fd00:1::5/128",
+    ];
+    let block = select(BLOCKS).prop_map(|b| b.parse().unwrap());
+    prop_oneof![2 => Just(vec![]), 1 => vec(block, 1..4)]
+}
+
+fn peer() -> impl Strategy<Value = Peer> {
+    const IDS: &[&str] = &[
+        "*",
+        "*/sa/front",
+        "spiffe://cluster.local/ns/shop/*",
+        "spiffe://clu*",
+        "spiffe://cluster.local/ns/evil/sa/front",
+        "spiffe://other.test/*",
+    ];
+    const SPACES: &[&str] = &["shop", "ev*", "*op", "*"];
+    (
+        (texts(IDS), texts(IDS), texts(SPACES), texts(SPACES)),
+        (accounts(), accounts(), blocks(), blocks()),
+    )
+        .prop_map(|((i, ni, n, nn), (a, na, b, nb))| Peer {
+            identities: i,
+            not_identities: ni,
+            namespaces: n,
+            not_namespaces: nn,
+            service_accounts: a,
+            not_service_accounts: na,
+            ip_blocks: b,
+            not_ip_blocks: nb,
+        })
+}
+
+fn port() -> impl Strategy<Value = u16> {
+    prop_oneof![
+        select(&[0u16, 1, 53, 80, 81, 1023, 1024, 8080, 32768, 65534, 65535][..]),
+        any::<u16>()
+    ]
+}
+
+fn ports() -> impl Strategy<Value = Vec<Ports>> {
+    let one = (port(), port(), option::of(select(&[6u8, 17][..])))
+        .prop_map(|(a, b, protocol)| Ports { first: a.min(b), last: a.max(b), protocol });
+    prop_oneof![2 => Just(vec![]), 1 => vec(one, 1..3)]
+}
+
+fn rule() -> impl Strategy<Value = Rule> {
+    (vec(peer(), 0..3), ports(), ports(), any::<bool>()).prop_map(
+        |(peers, ports, not_ports, unauthenticated)| Rule {
+            peers,
+            ports,
+            not_ports,
+            unauthenticated,
+        },
+    )
+}
+
+fn policies() -> impl Strategy<Value = Vec<Arc<Policy>>> {
+    let action = select(&[Action::Allow, Action::Deny, Action::Audit][..]);
+    let unsupported = prop_oneof![9 => Just(vec![]), 1 => Just(vec!["x".to_owned()])];
+    let one = (action, option::of(vec(rule(), 0..3)), option::of(vec(rule(), 0..3)), unsupported);
+    vec(one, 0..4).prop_map(|all| {
+        let number = |(index, (action, ingress, egress, unsupported)): (
+            usize,
+            (_, Option<Vec<Rule>>, Option<Vec<Rule>>, _),
+        )| {
+            Arc::new(Policy {
+                name: PolicyName {
+                    kind: "IdentityPolicy".into(),
+                    namespace: "shop".into(),
+                    name: (index + 1).to_string().into(),
+                },
+                selector: Selector { namespace: None, labels: BTreeMap::new() },
+                action,
+                governs_ingress: ingress.is_some(),
+                governs_egress: egress.is_some(),
+                ingress: ingress.unwrap_or_default(),
+                egress: egress.unwrap_or_default(),
+                unsupported,
+            })
+        };
+        all.into_iter().enumerate().map(number).collect()
+    })
+}
+
+fn addresses() -> impl Strategy<Value = IpAddr> {
+    const SOME: &[&str] = &[
+        "10.0.0.1",
+        "10.1.0.1",
+        "10.1.2.3",
+        "10.128.0.1",
+        "192.0.2.1",
+        "255.255.255.255",
+        "fd00::1",
+        "fd00:1::1",
+        "fd00:1::5",
+        "2001:db8::1",
+        "8000::",
+        "::2",
+        "::1:0:0",
+    ];
+    prop_oneof![
+        select(SOME).prop_map(|a| a.parse().unwrap()),
+        any::<u32>()
+            .prop_map(|a| IpAddr::from(std::net::Ipv4Addr::from(a | 0x0100_0000)))
+            .prop_filter("not the loopback", |ip| !ip.is_loopback()),
+        any::<u128>().prop_map(|a| IpAddr::V6(Ipv6Addr::from(a | 2)).to_canonical()),
+    ]
+}
+
+fn ip_of(ip: IpAddr) -> Ip {
+    match ip {
+        IpAddr::V4(v4) => Ip::from_octets(v4.to_ipv6_mapped().octets()),
+        IpAddr::V6(v6) => Ip::from_octets(v6.octets()),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1500))]
+
+    /// The kernel's verdict over what is compiled is the evaluation's.
+    #[test]
+    fn the_kernel_and_the_evaluation_agree(
+        policies in policies(),
+        default_deny: bool,
+        observe: bool,
+        flows in vec((addresses(), option::of(any::<Index>()), port(), any::<bool>(), any::<bool>()), 1..24),
+    ) {
+        let entries = compiled(&policies, default_deny, observe);
+        let known = identities();
+        let domain = domain();
+        for (ip, who, port, udp, egress) in flows {
+            // Listener port 0 means none; a flow to port 0 is not one.
+            if port == 0 {
+                continue;
+            }
+            let who = who.map(|index| index.get(&known));
+            // Observed TCP is judged as authenticated, only from peers that can be enrolled;
+            // plaintext from others is not policy's to judge there.
+            if observe && !udp && !egress && who.is_none() {
+                continue;
+            }
+            let authenticated = observe && who.is_some() && (egress || !udp);
+            let peer = match who {
+                None => PeerIdentity::Unknown,
+                Some((_, id)) if authenticated => PeerIdentity::Authenticated(id),
+                Some((_, id)) => PeerIdentity::Address(id),
+            };
+            let protocol = if udp { proto::UDP } else { proto::TCP };
+            let direction = if egress { Direction::Egress } else { Direction::Ingress };
+            let wanted = evaluate(&policies, default_deny, &FlowFacts {
+                direction,
+                trust_domain: &domain,
+                peer,
+                peer_ip: ip,
+                port,
+                protocol,
+            });
+            let mode = if observe { Mode::Observe } else { Mode::Permissive };
+            let maps = Maps {
+                config: Config::default(),
+                pod: PodEntry { mode: mode as u8, ..PodEntry::default() },
+                peer: who.map(|(number, _)| AddressEntry {
+                    identity: *number,
+                    kind: address::POD,
+                    flags: address::ENROLLABLE,
+                    pad: 0,
+                }),
+                policy: entries.clone(),
+            };
+            let flow = Flow {
+                netns: POD,
+                task_netns: 0,
+                local: Ip::UNSPECIFIED,
+                remote: ip_of(ip),
+                local_port: if egress { 40_000 } else { port },
+                remote_port: if egress { port } else { 40_000 },
+                protocol,
+                now: 0,
+            };
+            let got = if egress { decide_egress(&maps, &flow) } else { decide_ingress(&maps, &flow) };
+            let number = wanted.policy.as_ref().map_or(0, |p| number_of(&p.name));
+            prop_assert_eq!(got.reason, wanted.reason, "{:?} {:?} {:?}", ip, who, flow);
+            prop_assert_eq!(got.policy, number, "{:?} {:?} {:?}", ip, who, flow);
+            if wanted.is_allowed() {
+                let audit = got.verdict == signet_ebpf::abi::Verdict::Audit;
+                prop_assert_eq!(audit, wanted.audit.is_some());
+            }
+        }
+    }
+
+    #[test]
+    fn prefixes_cover_exactly(a: u16, b: u16, probe: u16) {
+        let (first, last) = (a.min(b), a.max(b));
+        let rows = prefixes(first, last);
+        prop_assert!(rows.len() <= 30);
+        let hits = rows.iter().filter(|(port, bits)| {
+            let shift = 16 - u32::from(*bits);
+            u32::from(*port) >> shift == u32::from(probe) >> shift
+        });
+        let inside = (first..=last).contains(&probe);
+        prop_assert_eq!(hits.count(), usize::from(inside));
+    }
+
+    #[test]
+    fn no_two_entries_have_one_key(policies in policies(), default_deny: bool, observe: bool) {
+        let entries = compiled(&policies, default_deny, observe);
+        let mut keys: Vec<_> = entries.iter().map(|(bits, key, _)| (*bits, key.0)).collect();
+        let all = keys.len();
+        keys.sort_unstable();
+        keys.dedup();
+        prop_assert_eq!(keys.len(), all);
+    }
+}
+
+fn allow(ports: Vec<Ports>, peers: Vec<Peer>) -> Vec<Arc<Policy>> {
+    vec![Arc::new(Policy {
+        name: PolicyName { kind: "k".into(), namespace: "shop".into(), name: "1".into() },
+        selector: Selector { namespace: None, labels: BTreeMap::new() },
+        action: Action::Allow,
+        ingress: vec![Rule { peers, ports, ..Rule::default() }],
+        egress: vec![],
+        governs_ingress: true,
+        governs_egress: false,
+        unsupported: vec![],
+    })]
+}
+
+#[test]
+fn nothing_governed_needs_no_entry() {
+    assert!(compiled(&[], false, true).is_empty());
+    assert!(!compiled(&[], true, false).is_empty());
+    // Only ingress is governed: nothing about egress.
+    let entries = compiled(&allow(vec![], vec![]), false, true);
+    assert!(!entries.is_empty());
+    assert!(entries.iter().all(|(_, key, _)| key.0[1] == Direction::Ingress as u8));
+}
+
+#[test]
+fn an_allowed_port_is_two_rows_a_protocol() {
+    let ports = vec![Ports { first: 8080, last: 8080, protocol: Some(6) }];
+    let entries = compiled(&allow(ports, vec![]), false, false);
+    // TCP: no match, but for 8080; UDP: no match.
+    assert_eq!(entries.len(), 3, "{entries:?}");
+}
+
+#[test]
+fn too_many_entries_are_refused_with_a_reason() {
+    let input = |max_entries| {
+        let policies = allow(vec![Ports { first: 1, last: 65534, protocol: None }], vec![]);
+        compile(&CompileInput {
+            policies: &policies,
+            default_deny: false,
+            trust_domain: &domain(),
+            identities: &identities(),
+            number: &number_of,
+            observe: false,
+            max_entries,
+        })
+    };
+    assert!(input(100).is_ok());
+    let error = input(3).unwrap_err();
+    assert_eq!(error, CompileError::TooLarge { limit: 3 });
+    assert_eq!(error.reason(), Reason::MapFull);
+}
