@@ -1,0 +1,308 @@
+//! The agents under test: started as a node would, asked by their own command line.
+
+pub mod flows;
+pub mod usage;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::Signal;
+use serde_json::Value;
+
+pub use self::{flows::Flow, usage::Usage};
+use crate::{
+    cgroup,
+    cluster_dir::ClusterDir,
+    lab::{LabOptions, eventually},
+    node::Node,
+    pod::Pod,
+    process::{Output, Running, signet_binary, tail_of},
+};
+
+/// How long an agent may take to become ready, on a busy machine.
+pub const READY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A node's agent, started or not.
+#[derive(Debug)]
+pub struct Agent {
+    node: Arc<Node>,
+    cluster_dir: PathBuf,
+    authority_dir: PathBuf,
+    logs: PathBuf,
+    flags: Mutex<Vec<String>>,
+    env: Mutex<Vec<(String, String)>>,
+    running: Mutex<Option<Running>>,
+}
+
+impl Agent {
+    pub(crate) fn new(
+        node: Arc<Node>,
+        directory: &Path,
+        cluster: &ClusterDir,
+        options: &LabOptions,
+    ) -> Self {
+        Self {
+            node,
+            cluster_dir: cluster.path().to_owned(),
+            authority_dir: directory.join("authority"),
+            logs: directory.join("logs"),
+            flags: Mutex::new(options.agent_flags.clone()),
+            env: Mutex::new(options.agent_env.clone()),
+            running: Mutex::new(None),
+        }
+    }
+
+    /// Its node.
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// Where the embedded authority keeps its root; all nodes share it.
+    pub fn authority_dir(&self) -> &Path {
+        &self.authority_dir
+    }
+
+    /// The file with its log.
+    pub fn log(&self) -> PathBuf {
+        self.logs.join(format!("agent-{}.log", self.node.name))
+    }
+
+    /// Everything that it has logged, over all its starts.
+    pub fn logged(&self) -> String {
+        String::from_utf8_lossy(&fs::read(self.log()).unwrap_or_default()).into_owned()
+    }
+
+    /// Its admin socket.
+    pub fn socket(&self) -> PathBuf {
+        self.node.run_dir.join("admin/agent.sock")
+    }
+
+    /// Replaces the further flags for the next start.
+    pub fn set_flags(&self, flags: &[&str]) {
+        *lock(&self.flags) = flags.iter().map(|f| (*f).to_owned()).collect();
+    }
+
+    /// Adds an environment variable for the next start.
+    pub fn set_env(&self, key: &str, value: &str) {
+        lock(&self.env).push((key.into(), value.into()));
+    }
+
+    /// The arguments that it is started with.
+    pub fn arguments(&self) -> Result<Vec<String>> {
+        let path = |p: &Path| p.display().to_string();
+        let node_cgroup = cgroup::path_below_mount(self.node.cgroup())?;
+        let workloads = cgroup::path_below_mount(&self.node.workloads())?;
+        let mut arguments: Vec<String> = [
+            ("--node", self.node.name.clone()),
+            ("--cluster-dir", path(&self.cluster_dir)),
+            ("--authority", "embedded".into()),
+            ("--authority-dir", path(&self.authority_dir)),
+            ("--cgroup-root", workloads),
+            ("--node-cgroup", node_cgroup),
+            ("--bpffs", path(&self.node.bpffs)),
+            ("--run-dir", path(&self.node.run_dir)),
+            ("--state-dir", path(&self.node.state_dir)),
+        ]
+        .into_iter()
+        .flat_map(|(flag, value)| [flag.to_owned(), value])
+        .collect();
+        arguments.insert(0, "agent".into());
+        arguments.extend(lock(&self.flags).iter().cloned());
+        Ok(arguments)
+    }
+
+    /// Starts it, without waiting until it is ready.
+    pub fn start(&self) -> Result<()> {
+        let mut running = lock(&self.running);
+        ensure!(
+            running.as_mut().is_none_or(|r| r.ended().is_some()),
+            "{}: the agent runs already",
+            self.node.name
+        );
+        let binary = signet_binary()?.display().to_string();
+        let arguments = self.arguments()?;
+        let mut argv: Vec<String> = vec!["env".into()];
+        argv.extend(lock(&self.env).iter().map(|(key, value)| format!("{key}={value}")));
+        argv.push(binary);
+        argv.extend(arguments);
+        let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
+        *running = Some(
+            self.node.agent_place().start_program(&format!("agent-{}", self.node.name), &argv)?,
+        );
+        Ok(())
+    }
+
+    /// Waits until `signet status` says READY.
+    pub fn wait_ready(&self) -> Result<()> {
+        let started = Instant::now();
+        let outcome = eventually("the agent is READY", READY_TIMEOUT, || {
+            if let Some(status) = lock(&self.running).as_mut().and_then(Running::ended) {
+                return Ok(Some(Err(status)));
+            }
+            let answer = self.cli(&["status"])?;
+            if answer.code() == 0 {
+                return Ok(Some(Ok(())));
+            }
+            bail!("{} {}", answer.stdout.trim(), answer.stderr.trim())
+        });
+        match outcome {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(status)) => bail!(
+                "{}: the agent ended after {:?}: {status}\n{}",
+                self.node.name,
+                started.elapsed(),
+                tail_of(&self.log(), 40)
+            ),
+            Err(error) => {
+                Err(error.context(format!("{}\n{}", self.node.name, tail_of(&self.log(), 40))))
+            }
+        }
+    }
+
+    /// Starts it and waits until it is ready; returns how long that took.
+    pub fn start_ready(&self) -> Result<Duration> {
+        let begin = Instant::now();
+        self.start()?;
+        self.wait_ready()?;
+        Ok(begin.elapsed())
+    }
+
+    /// `kill -9`.
+    pub fn kill(&self) {
+        *lock(&self.running) = None;
+    }
+
+    /// SIGTERM: it drains and exits 0. Returns the exit code.
+    pub fn stop(&self) -> Result<Option<i32>> {
+        let Some(mut running) = lock(&self.running).take() else {
+            bail!("{}: the agent does not run", self.node.name)
+        };
+        running.signal(Signal::TERM)?;
+        Ok(running.wait(Duration::from_secs(30))?.code())
+    }
+
+    /// Waits until it ends by itself; its exit code.
+    pub fn wait_end(&self, timeout: Duration) -> Result<i32> {
+        use std::os::unix::process::ExitStatusExt;
+        let mut running = lock(&self.running);
+        let running = running.as_mut().context("the agent does not run")?;
+        let status = running.wait(timeout)?;
+        Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)))
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        lock(&self.running).as_ref().context("the agent does not run")?.signal(signal)
+    }
+
+    /// Its pid.
+    pub fn pid(&self) -> Result<u32> {
+        lock(&self.running)
+            .as_ref()
+            .map(Running::pid)
+            .with_context(|| format!("{}: the agent does not run", self.node.name))
+    }
+
+    /// Runs `signet <arguments> --socket <its admin socket>`.
+    pub fn cli(&self, arguments: &[&str]) -> Result<Output> {
+        let output = Command::new(signet_binary()?)
+            .args(arguments)
+            .arg("--socket")
+            .arg(self.socket())
+            .env_remove("SIGNET_SOCKET")
+            .output()
+            .context("cannot run signet")?;
+        Ok(Output {
+            status: output.status,
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        })
+    }
+
+    /// `signet status -o json`, READY or not.
+    pub fn status(&self) -> Result<Value> {
+        self.json(&["status", "-o", "json"], &[0, 1])
+    }
+
+    /// `signet endpoints -o json`: one value, or an array of the lines.
+    pub fn endpoints(&self) -> Result<Value> {
+        self.json(&["endpoints", "-o", "json"], &[0])
+    }
+
+    fn json(&self, arguments: &[&str], codes: &[i32]) -> Result<Value> {
+        let answer = self.cli(arguments)?;
+        ensure!(
+            codes.contains(&answer.code()),
+            "signet {arguments:?}: {} {}",
+            answer.status,
+            answer.stderr
+        );
+        let text = answer.stdout.trim();
+        if let Ok(value) = serde_json::from_str(text) {
+            return Ok(value);
+        }
+        text.lines()
+            .map(|line| serde_json::from_str(line).with_context(|| line.to_owned()))
+            .collect::<Result<Vec<Value>>>()
+            .map(Value::Array)
+    }
+
+    /// Waits until this agent manages the pod and, where its mode asks for it, serves it.
+    pub fn wait_served(&self, pod: &Pod) -> Result<()> {
+        let name = pod.full_name();
+        eventually(&format!("{name} is served"), READY_TIMEOUT, || {
+            let file = self.cluster_dir.join("status").join(format!("{}.yaml", self.node.name));
+            let text = fs::read_to_string(&file).with_context(|| file.display().to_string())?;
+            Ok(text.contains(pod.uid()).then_some(()))
+        })
+        .with_context(|| tail_of(&self.log(), 40))
+    }
+
+    /// Recent flows, newest last; `filters` are flags of `signet flows`.
+    pub fn flows(&self, filters: &[&str]) -> Result<Vec<Flow>> {
+        let mut arguments = vec!["flows", "-o", "json", "--last", "100000"];
+        arguments.extend(filters);
+        let answer = self.cli(&arguments)?;
+        ensure!(answer.code() == 0, "signet flows: {} {}", answer.status, answer.stderr);
+        flows::parse(&answer.stdout)
+    }
+
+    /// Waits for a flow record that satisfies `wanted`.
+    pub fn wait_flow(
+        &self,
+        what: &str,
+        filters: &[&str],
+        wanted: impl Fn(&Flow) -> bool,
+    ) -> Result<Flow> {
+        let mut last = Vec::new();
+        eventually(what, Duration::from_secs(5), || {
+            last = self.flows(filters)?;
+            Ok(last.iter().rev().find(|flow| wanted(flow)).cloned())
+        })
+        .with_context(|| {
+            let lines: Vec<String> =
+                last.iter().rev().take(15).map(|flow| format!("  {flow}\n")).collect();
+            format!("{}; it has (newest first):\n{}", self.node.name, lines.concat())
+        })
+    }
+
+    /// What the process uses now.
+    pub fn usage(&self) -> Result<Usage> {
+        Usage::of(self.pid()?)
+    }
+
+    /// Entries of the pinned maps by name.
+    pub fn map_entries(&self) -> Result<std::collections::BTreeMap<&'static str, usize>> {
+        usage::map_entries(&self.node.bpffs.join("default"))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

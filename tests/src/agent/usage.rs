@@ -1,0 +1,78 @@
+//! What an agent holds: descriptors, threads, memory, map entries. Before = after.
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use anyhow::{Context, Result};
+use aya::maps::{HashMap, Map, MapData, MapError};
+use signet_ebpf::abi;
+
+/// A process's use of the machine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Usage {
+    /// Open file descriptors.
+    pub descriptors: usize,
+    /// Threads.
+    pub threads: usize,
+    /// Resident memory in bytes.
+    pub resident: u64,
+}
+
+impl Usage {
+    /// Of a process.
+    pub fn of(pid: u32) -> Result<Self> {
+        let count = |part: &str| -> Result<usize> {
+            let path = format!("/proc/{pid}/{part}");
+            Ok(fs::read_dir(&path).with_context(|| path.clone())?.count())
+        };
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).context("status")?;
+        let kilobytes: u64 = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .and_then(|rest| rest.split_whitespace().next())
+            .and_then(|n| n.parse().ok())
+            .context("VmRSS")?;
+        Ok(Self { descriptors: count("fd")?, threads: count("task")?, resident: kilobytes * 1024 })
+    }
+}
+
+/// Numbers of entries of the pinned hash maps under `<bpffs>/<instance>/v<ABI>`.
+pub fn map_entries(instance: &Path) -> Result<BTreeMap<&'static str, usize>> {
+    let directory = instance.join(format!("v{}", abi::ABI_VERSION));
+    let mut all = BTreeMap::new();
+    macro_rules! count {
+        ($($name:literal: $key:ty => $value:ty,)*) => {$(
+            all.insert($name, keys::<$key, $value>(&directory.join($name))?);
+        )*};
+    }
+    count! {
+        "PODS": u64 => abi::PodEntry,
+        "CGROUPS": u64 => u64,
+        "OWN": abi::OwnAddressKey => u8,
+        "ADDRESSES": abi::Ip => abi::AddressEntry,
+        "SERVICES": abi::ServiceKey => u32,
+        "EXEMPT": abi::ExemptKey => u8,
+        "PROBES": u64 => u8,
+        "ATTESTED": abi::FlowKey => abi::Attestation,
+        "ORIGINALS": abi::FlowKey => abi::Handover,
+        "CLIENTS": abi::FlowKey => abi::Handover,
+        "UDP_FLOWS": abi::FlowKey => abi::UdpFlow,
+        "DROPS": abi::DropKey => u64,
+    }
+    Ok(all)
+}
+
+fn keys<K: aya::Pod, V: aya::Pod>(pin: &Path) -> Result<usize> {
+    let data = MapData::from_pin(pin).with_context(|| pin.display().to_string())?;
+    let map: HashMap<MapData, K, V> =
+        Map::HashMap(data).try_into().with_context(|| pin.display().to_string())?;
+    let mut count = 0;
+    for key in map.keys() {
+        match key {
+            Ok(_) => count += 1,
+            // Deleted while we walked: begin-again semantics of the kernel; not an entry.
+            Err(MapError::KeyNotFound) => {}
+            Err(error) => return Err(error).with_context(|| pin.display().to_string()),
+        }
+    }
+    Ok(count)
+}
