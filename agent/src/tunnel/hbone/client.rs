@@ -22,6 +22,7 @@ use super::{
     FORGIVEN_FRAMES, HboneError, REMEMBER_RESETS_FOR, REMEMBERED_RESETS, Settings, Stream,
     UNSEEN_RESETS, broken,
     head::{Open, Refusal},
+    is_goodbye,
     keepalive::keepalive,
 };
 
@@ -98,7 +99,7 @@ impl OpenError {
         match self {
             Self::Broken(error) => {
                 error.is_io()
-                    || error.is_go_away()
+                    || is_goodbye(error)
                     || error.reason() == Some(h2::Reason::REFUSED_STREAM)
             }
             _ => false,

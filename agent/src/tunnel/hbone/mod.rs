@@ -131,10 +131,16 @@ fn broken(error: &h2::Error) -> Reason {
         // own handshake has ended.
         Some(error) if error.kind() == io::ErrorKind::InvalidData => Reason::HandshakeFailed,
         Some(_) => Reason::PeerUnreachable,
-        None if error.is_go_away() => Reason::PeerUnreachable,
+        // The peer says goodbye.
+        None if is_goodbye(error) => Reason::PeerUnreachable,
         None if error.reason() == Some(h2::Reason::REFUSED_STREAM) => Reason::LimitExceeded,
         None => Reason::ProtocolError,
     }
+}
+
+/// True when the peer closes the connection in order.
+fn is_goodbye(error: &h2::Error) -> bool {
+    error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR)
 }
 
 /// An HTTP/2 error as an I/O error, for callers that hold both.
