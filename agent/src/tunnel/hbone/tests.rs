@@ -32,7 +32,11 @@ async fn tcp_pair() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let dial = TcpStream::connect(listener.local_addr().unwrap());
     let (a, b) = tokio::join!(dial, listener.accept());
-    (a.unwrap(), b.unwrap().0)
+    let (a, b) = (a.unwrap(), b.unwrap().0);
+    // As the data plane does: else small frames wait for acknowledgements.
+    a.set_nodelay(true).unwrap();
+    b.set_nodelay(true).unwrap();
+    (a, b)
 }
 
 fn open(destination: SocketAddr) -> Open {
@@ -217,8 +221,8 @@ async fn a_slow_reader_holds_back_the_writer_and_nobody_else() {
     let mut ends = ends(settings).await;
     let slow = ends.flow().await;
     for socket in [&slow.client_app, &slow.server_app] {
-        SockRef::from(socket).set_send_buffer_size(64 << 10).unwrap();
-        SockRef::from(socket).set_recv_buffer_size(64 << 10).unwrap();
+        SockRef::from(socket).set_send_buffer_size(512 << 10).unwrap();
+        SockRef::from(socket).set_recv_buffer_size(512 << 10).unwrap();
     }
     let (mut reader, mut writer) = (slow.server_app, slow.client_app);
     let total = 64 << 20;
