@@ -5,6 +5,8 @@
 //! page are made from it. Unknown keys are refused wherever they stand.
 
 mod keys;
+#[cfg(test)]
+mod reference;
 pub mod values;
 pub mod yaml;
 

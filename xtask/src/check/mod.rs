@@ -85,6 +85,16 @@ pub fn run(workspace: &Workspace, rules_only: bool) -> anyhow::Result<()> {
             ])),
         );
         step("clippy of the eBPF programs", ebpf::clippy(workspace, &toolchain));
+        step(
+            "generated files",
+            command::quietly(workspace.cargo().args([
+                "test",
+                "--package",
+                "signet",
+                "--lib",
+                "generated_",
+            ])),
+        );
         if workspace::find_program("cargo-deny", &[]).is_some() {
             step("dependencies", command::run(workspace.cargo().args(["deny", "check"])));
         } else {
