@@ -1,4 +1,16 @@
-//! This node's pods: discovery and the reconcile loop.
+//! This node's pods: found ([`discovery`]), planned for ([`plan`], pure) and applied
+//! ([`reconcile`], the one task that writes the kernel's maps).
 
+mod apply;
+pub mod discovery;
+pub mod identities;
+pub mod phase;
+pub mod plan;
+pub mod probes;
+pub mod reconcile;
+pub mod rejudge;
 pub mod sockets;
 pub mod state;
+mod sweep;
+pub mod tables;
+mod watcher;

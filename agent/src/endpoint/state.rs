@@ -7,7 +7,7 @@ use signet_ebpf::abi::Mode;
 use tokio::sync::watch;
 
 use crate::{
-    cluster::model::{Pod, World},
+    cluster::model::{Pod, Problem, World},
     policy::model::Policy,
     spiffe::SpiffeId,
 };
@@ -34,6 +34,8 @@ pub struct NodeState {
     pub endpoints: HashMap<u64, Arc<EndpointState>>,
     /// Pods of this node that wait, with the reason.
     pub waiting: Vec<Waiting>,
+    /// What an operator should know of this node's side; the world has its own.
+    pub problems: Vec<Problem>,
     /// Kernel identity number → SPIFFE ID.
     pub identities: Arc<HashMap<u32, SpiffeId>>,
     /// Kernel policy number → policy.
@@ -91,6 +93,7 @@ impl NodeState {
             world,
             endpoints: HashMap::new(),
             waiting: Vec::new(),
+            problems: Vec::new(),
             identities: Arc::default(),
             policies: Arc::default(),
         }

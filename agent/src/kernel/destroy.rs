@@ -125,6 +125,13 @@ pub fn destroy_connected(
 }
 
 impl TcpSocket {
+    /// A socket that was not listed, for tests of what is decided about sockets.
+    #[cfg(test)]
+    pub(crate) fn between(local: SocketAddr, remote: SocketAddr) -> Self {
+        let id = SocketId::new_v4();
+        Self { local, remote, inode: 0, cgroup: None, id, family: AF_INET }
+    }
+
     /// True when it never leaves the namespace.
     pub fn is_loopback(&self) -> bool {
         self.remote.ip().to_canonical().is_loopback() || self.local.ip() == self.remote.ip()

@@ -252,17 +252,17 @@ impl Programs {
         self.host_netns
     }
 
-    /// (attached, wanted): hooks whose pinned link is on the cgroup that is meant.
-    pub fn attached(&self) -> (usize, usize) {
-        let attached = HOOKS
+    /// Every program, and whether its pinned link is on the cgroup that is meant.
+    pub fn attached(&self) -> Vec<(&'static str, bool)> {
+        HOOKS
             .iter()
-            .filter(|(program, _, root)| {
-                bpf::object_get(&self.pins.link(program))
+            .map(|(program, _, root)| {
+                let attached = bpf::object_get(&self.pins.link(program))
                     .and_then(|link| bpf::link_target(link.as_fd()))
-                    .is_ok_and(|found| found == LinkTarget::Cgroup(self.root(*root).id))
+                    .is_ok_and(|found| found == LinkTarget::Cgroup(self.root(*root).id));
+                (*program, attached)
             })
-            .count();
-        (attached, HOOKS.len())
+            .collect()
     }
 
     /// Conflicts that were found and lived with, one sentence each.
@@ -576,7 +576,7 @@ mod tests {
         // A first start.
         let (mut programs, mut maps) = Programs::load(&config).unwrap();
         assert!(!programs.is_waiting());
-        assert_eq!(programs.attached(), (13, 13));
+        assert_eq!(count(&programs), 13);
         assert!(programs.agent().name.ends_with("signet-agent"), "{:?}", programs.agent());
         assert!(!programs.workloads().contains(&programs.agent().name));
         maps.set_config(Config { revision: 7, ..Config::default() }).unwrap();
@@ -592,7 +592,7 @@ mod tests {
 
         // A restart: the same maps, the links' programs replaced.
         let (mut programs, mut maps) = Programs::load(&config).unwrap();
-        assert_eq!(programs.attached(), (13, 13));
+        assert_eq!(count(&programs), 13);
         assert_eq!(maps.config().unwrap().revision, 7);
         assert_eq!(maps.pods.rows().unwrap().len(), 1);
         programs.attach_lookup(&netns).unwrap();
@@ -607,10 +607,10 @@ mod tests {
         fs::rename(base.join("v1"), base.join("v0")).unwrap();
         let (mut programs, maps) = Programs::load(&config).unwrap();
         assert!(programs.is_waiting());
-        assert_eq!(programs.attached(), (0, 13));
+        assert_eq!(count(&programs), 0);
         assert_eq!(maps.config().unwrap().revision, 0, "maps of another version are not read");
         programs.activate().unwrap();
-        assert_eq!(programs.attached(), (13, 13));
+        assert_eq!(count(&programs), 13);
         assert!(!base.join("v0").exists());
         programs.detach_lookup(netns.cookie).unwrap();
         assert_eq!(programs.pinned_lookups(), [0u64; 0]);
@@ -626,7 +626,7 @@ mod tests {
         assert!(programs.is_waiting());
         maps.probes.set(1, 1).expect("the new map has the right layout");
         programs.activate().unwrap();
-        assert_eq!(programs.attached(), (13, 13));
+        assert_eq!(count(&programs), 13);
         drop((programs, maps));
 
         // What is wrong is named with the option to change.
@@ -650,8 +650,12 @@ mod tests {
         assert!(error.to_string().contains("connect4"), "{error}");
         exclusively(false).unwrap();
         let (programs, _) = Programs::load(&config).expect("it is gone: the control");
-        assert_eq!(programs.attached(), (13, 13));
+        assert_eq!(count(&programs), 13);
         assert!(hierarchy.open(&host.name).is_ok() && workloads.exists());
+    }
+
+    fn count(programs: &Programs) -> usize {
+        programs.attached().iter().filter(|(_, attached)| *attached).count()
     }
 
     /// An object whose programs are nobody's: loaded over maps of a bpffs of its own.

@@ -1,0 +1,784 @@
+//! From the world and what was found on the node to what is to be applied: pure.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
+    net::IpAddr,
+    sync::Arc,
+    time::Duration,
+};
+
+use ipnet::IpNet;
+use signet_ebpf::abi::{
+    AddressEntry, Config, ExemptKey, IDENTITY_HOST, IDENTITY_WORLD, Ip, Mode, OwnAddressKey,
+    PodEntry, ServiceKey, address, pod, range, service,
+};
+
+use super::{
+    identities::{Identities, PolicyNumbers},
+    phase::{Conditions, Phase},
+    sockets::OutboundPorts,
+    state::{EndpointKey, EndpointState, NodeState, Waiting},
+    tables::Tables,
+};
+use crate::{
+    cluster::model::{ObjectName, Pod, PodUid, Problem, World},
+    kernel::maps::MAX_POLICY_ENTRIES,
+    policy::{
+        compile::{CompileInput, PolicyEntry, compile},
+        model::Policy,
+    },
+    spiffe::SpiffeId,
+};
+
+/// What a plan depends on besides the world and the node's pods.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Params {
+    /// This node's name.
+    pub node: Arc<str>,
+    /// What never changes while the agent runs, and the live keys of the configuration; the
+    /// revision, the ranges and whether something is enforced are filled in.
+    pub config: Config,
+    /// Namespaces whose pods are never refused anything.
+    pub never_deny: BTreeSet<Arc<str>>,
+    /// How long an un-enrolled pod may go on serving.
+    pub unenrol_grace: Duration,
+    /// How long plaintext flows of a pod that turned strict may go on.
+    pub strict_grace: Duration,
+}
+
+/// A pod of this node whose cgroup, network namespace and addresses were found.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ObservedPod {
+    /// Its key.
+    pub key: EndpointKey,
+    /// The pod directory's cgroup id.
+    pub cgroup: u64,
+    /// The pod directory's path below the cgroup2 mount.
+    pub cgroup_path: Arc<str>,
+    /// Addresses of global scope in its network namespace; not empty.
+    pub addresses: Vec<IpAddr>,
+    /// Its outbound listeners, once they are handed over.
+    pub listeners: Option<OutboundPorts>,
+    /// Why its listeners could not be opened.
+    pub listeners_failed: Option<Arc<str>>,
+    /// Flows that the data plane has open for it.
+    pub open_flows: usize,
+    /// When it was found.
+    pub since: jiff::Timestamp,
+}
+
+/// What was found on the node.
+#[derive(Clone, Debug, Default)]
+pub struct Observed {
+    /// By uid.
+    pub pods: BTreeMap<PodUid, ObservedPod>,
+    /// Pods that were looked for and not found, with what is missing.
+    pub missing: BTreeMap<PodUid, String>,
+    /// Cgroups whose flows are attested as probes.
+    pub probes: Vec<u64>,
+    /// Identities that have an SVID.
+    pub svids: BTreeSet<SpiffeId>,
+}
+
+/// What is remembered of an endpoint from one turn to the next.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Remembered {
+    /// Where it is.
+    pub phase: Phase,
+    /// The mode that the kernel has for it.
+    pub mode: Mode,
+    /// When it turned from a looser mode to strict, until its plaintext flows are closed.
+    pub strict_since: Option<Duration>,
+}
+
+/// What is remembered of all endpoints.
+pub type Memory = HashMap<EndpointKey, Remembered>;
+
+/// What goes into a plan.
+pub struct Input<'a> {
+    /// The world.
+    pub world: &'a Arc<World>,
+    /// The node.
+    pub observed: &'a Observed,
+    /// The rest.
+    pub params: &'a Params,
+    /// The last plan's memory.
+    pub memory: &'a Memory,
+    /// Namespaces that an earlier process registered, with their modes then.
+    pub inherited: &'a BTreeMap<u64, Mode>,
+    /// Maps that were full when they were written last.
+    pub full: &'a BTreeSet<&'static str>,
+    /// Pods whose own rows did not fit when they were written last.
+    pub closed: &'a BTreeSet<u64>,
+    /// Monotonic time.
+    pub now: Duration,
+}
+
+/// What is to be applied.
+#[derive(Debug)]
+pub struct Plan {
+    /// The kernel's tables.
+    pub tables: Tables,
+    /// Network namespaces whose rows stay as they are.
+    pub keep: BTreeSet<u64>,
+    /// What readers see.
+    pub state: NodeState,
+    /// For the next plan.
+    pub memory: Memory,
+    /// Identities that need an SVID.
+    pub svids: BTreeSet<SpiffeId>,
+    /// Endpoints that need listeners.
+    pub listeners: BTreeSet<u64>,
+    /// Endpoints that need an sk_lookup program.
+    pub lookups: BTreeSet<u64>,
+    /// Pods to announce as served: uid → name.
+    pub announce: BTreeMap<PodUid, Arc<str>>,
+    /// Endpoints that are enforced from their first registration on: sockets that they made
+    /// before are destroyed.
+    pub close_all: BTreeSet<u64>,
+    /// Endpoints whose plaintext flows' grace is over.
+    pub close_plaintext: BTreeSet<u64>,
+    /// Numbers of identities that some table holds.
+    pub identities: BTreeSet<u32>,
+    /// When to plan again though nothing happens.
+    pub wake: Option<Duration>,
+}
+
+/// Numbers, and compiled policies that need not be compiled again.
+#[derive(Debug)]
+pub struct Numbers {
+    /// Of identities.
+    pub identities: Identities,
+    /// Of policies.
+    pub policies: PolicyNumbers,
+    compiled: HashMap<u64, (CompiledFrom, Arc<Vec<PolicyEntry>>)>,
+}
+
+/// What a compiled policy was compiled from.
+#[derive(Clone, PartialEq, Debug)]
+struct CompiledFrom {
+    policies: Vec<Arc<Policy>>,
+    default_deny: bool,
+    observe: bool,
+    identities: Arc<BTreeSet<u32>>,
+}
+
+impl Numbers {
+    /// Starts from the pinned identities.
+    pub fn new(identities: Identities) -> Self {
+        Self { identities, policies: PolicyNumbers::default(), compiled: HashMap::new() }
+    }
+}
+
+/// Namespaces without which a cluster does not start: never refused anything.
+const SYSTEM_NAMESPACES: [&str; 1] = ["kube-system"];
+
+/// The mode that a pod is to get: what it asks for, as far as it can be and may be enforced.
+/// `None` for pods that are no endpoints: in the host's network, finished, elsewhere.
+pub fn wanted_mode(pod: &Pod, params: &Params) -> Option<Mode> {
+    let here = pod.node.as_ref() == Some(&params.node);
+    if !here || pod.host_network || pod.finished {
+        return None;
+    }
+    Some(capped(pod, params))
+}
+
+/// The mode of any pod, not more than observe where enforcing is impossible or forbidden.
+fn capped(pod: &Pod, params: &Params) -> Mode {
+    let spared = pod.unenforceable.is_some() || is_spared(&pod.name.namespace, params);
+    if spared { pod.mode.min(Mode::Observe) } else { pod.mode }
+}
+
+fn is_spared(namespace: &Arc<str>, params: &Params) -> bool {
+    params.never_deny.contains(namespace) || SYSTEM_NAMESPACES.contains(&&**namespace)
+}
+
+/// Makes the plan.
+pub fn plan(input: &Input<'_>, numbers: &mut Numbers) -> Plan {
+    let mut planner = Planner::new(input);
+    numbers.policies.update(&input.world.policies);
+    planner.node_wide();
+    planner.endpoints(numbers);
+    planner.addresses(numbers);
+    planner.policies(numbers);
+    planner.finish(numbers)
+}
+
+struct Planner<'a> {
+    input: &'a Input<'a>,
+    tables: Tables,
+    keep: BTreeSet<u64>,
+    memory: Memory,
+    endpoints: HashMap<u64, EndpointState>,
+    phases: HashMap<u64, Phase>,
+    waiting: Vec<Waiting>,
+    problems: Vec<Problem>,
+    svids: BTreeSet<SpiffeId>,
+    ids: HashMap<(Arc<str>, Arc<str>), Option<(SpiffeId, u32)>>,
+    identities: BTreeSet<u32>,
+    close_all: BTreeSet<u64>,
+    close_plaintext: BTreeSet<u64>,
+    wake: Option<Duration>,
+}
+
+impl<'a> Planner<'a> {
+    fn new(input: &'a Input<'a>) -> Self {
+        Self {
+            input,
+            tables: Tables::default(),
+            keep: BTreeSet::new(),
+            memory: Memory::new(),
+            endpoints: HashMap::new(),
+            phases: HashMap::new(),
+            waiting: Vec::new(),
+            problems: Vec::new(),
+            svids: BTreeSet::new(),
+            ids: HashMap::new(),
+            identities: BTreeSet::new(),
+            close_all: BTreeSet::new(),
+            close_plaintext: BTreeSet::new(),
+            wake: None,
+        }
+    }
+
+    /// Configuration, ranges, Services, nodes and probes.
+    fn node_wide(&mut self) {
+        let world = self.input.world;
+        let enforcing = world.namespaces.values().any(|n| n.mode.is_enforced())
+            || world.pods.values().any(|p| p.is_enrolled());
+        self.tables.config = Config {
+            revision: world.revision,
+            enforcing: u8::from(enforcing),
+            ranges_known: u8::from(!world.ranges.is_unknown()),
+            heartbeat: 0,
+            ..self.input.params.config
+        };
+        for (ranges, kind) in [
+            (&world.ranges.pods, range::PODS),
+            (&world.ranges.services, range::SERVICES),
+            // Last: the same range named twice is outside.
+            (&world.ranges.outside, range::OUTSIDE),
+        ] {
+            self.tables.ranges.extend(ranges.iter().map(|net| (range_key(net), kind)));
+        }
+        for ips in world.nodes.values() {
+            for ip in ips {
+                let entry = AddressEntry {
+                    identity: IDENTITY_HOST,
+                    kind: address::NODE,
+                    ..AddressEntry::default()
+                };
+                self.tables.addresses.insert(Ip::from_std(*ip), entry);
+            }
+        }
+        for found in world.services.values() {
+            for ip in &found.cluster_ips {
+                let entry = AddressEntry {
+                    identity: IDENTITY_WORLD,
+                    kind: address::SERVICE,
+                    ..AddressEntry::default()
+                };
+                self.tables.addresses.insert(Ip::from_std(*ip), entry);
+                for port in &found.ports {
+                    let mut flags = 0;
+                    if port.endpoints.is_empty() {
+                        flags |= service::NO_ENDPOINTS;
+                    }
+                    let enrolled = |ip: &IpAddr| {
+                        world
+                            .pods_by_ip
+                            .get(ip)
+                            .and_then(|uid| world.pods.get(uid))
+                            .is_some_and(|pod| self.is_enrolled(pod))
+                    };
+                    if port.endpoints.iter().any(|e| enrolled(&e.ip)) {
+                        flags |= service::TUNNEL;
+                    }
+                    let key = ServiceKey {
+                        ip: Ip::from_std(*ip),
+                        port: port.port,
+                        protocol: port.protocol,
+                        pad: 0,
+                    };
+                    self.tables.services.insert(key, flags);
+                }
+            }
+        }
+        self.tables.probes = self.input.observed.probes.iter().map(|id| (*id, 1)).collect();
+        for map in self.input.full {
+            self.problems.push(Problem {
+                subject: format!("BPF map {map}"),
+                message: "is full, so every enforced pod of this node is closed: take pods off \
+                          the node, or fewer objects into its cluster"
+                    .into(),
+            });
+        }
+    }
+
+    fn is_enrolled(&self, pod: &Pod) -> bool {
+        pod.is_enrollable() && capped(pod, self.input.params).is_enforced()
+    }
+
+    /// This node's pods, each on its way.
+    fn endpoints(&mut self, numbers: &mut Numbers) {
+        let world = self.input.world;
+        let mut pods: Vec<&Arc<Pod>> = world.pods.values().collect();
+        pods.sort_by(|a, b| a.name.cmp(&b.name).then_with(|| a.uid.cmp(&b.uid)));
+        for pod in pods {
+            let Some(wanted) = wanted_mode(pod, self.input.params) else { continue };
+            if wanted != pod.mode {
+                self.explain_cap(pod);
+            }
+            match self.input.observed.pods.get(&pod.uid) {
+                Some(found) => self.endpoint(pod, found, wanted, numbers),
+                None => {
+                    let reason = self.input.observed.missing.get(&pod.uid).cloned();
+                    let reason = reason.unwrap_or_else(|| "not looked for yet".into());
+                    self.waiting.push(Waiting { pod: pod.clone(), reason });
+                }
+            }
+        }
+    }
+
+    fn explain_cap(&mut self, pod: &Pod) {
+        let message = match &pod.unenforceable {
+            Some(why) => format!("cannot be enforced ({why}): observed only"),
+            None => format!(
+                "the namespace {} is never enforced (neverDeny): observed only",
+                pod.name.namespace
+            ),
+        };
+        self.problems.push(Problem { subject: subject(&pod.name), message });
+    }
+
+    fn endpoint(
+        &mut self,
+        pod: &Arc<Pod>,
+        found: &ObservedPod,
+        wanted: Mode,
+        numbers: &mut Numbers,
+    ) {
+        let netns = found.key.netns;
+        let known = self.input.memory.get(&found.key).copied();
+        if wanted.is_enforced() && !self.input.world.synced.policies && known.is_none() {
+            // Nothing enforced is registered anew, and what is pinned stays.
+            self.keep.insert(netns);
+            self.wait(pod, "its policies have not been read yet".into());
+            return;
+        }
+        let before = known.or_else(|| self.inherited(netns));
+        let Some((id, number)) = self.identity(pod, numbers) else {
+            self.keep.insert(netns);
+            self.wait(pod, "its SPIFFE ID does not fit: shorten trust domain, namespace or service account, or make room in the table of identities".into());
+            return;
+        };
+        let has_svid = self.input.observed.svids.contains(&id);
+        let conditions = Conditions {
+            wanted,
+            ready: has_svid && found.listeners.is_some(),
+            open_flows: found.open_flows,
+            now: self.input.now,
+            unenrol_grace: self.input.params.unenrol_grace,
+        };
+        let phase = Phase::next(before.map(|b| b.phase), &conditions);
+        let mode = phase.mode(wanted);
+        self.remember(found, before, phase, mode);
+        if phase.needs_listeners() {
+            self.svids.insert(id.clone());
+        }
+        if wanted.is_enforced() && !phase.is_ready() {
+            let missing = match (&found.listeners_failed, found.listeners, has_svid) {
+                (Some(error), ..) => format!("its listeners cannot be opened: {error}"),
+                (None, None, _) => "its listeners are being opened".into(),
+                (None, Some(_), false) => "no SVID has been issued for it yet".to_string(),
+                (None, Some(_), true) => "it is being made ready".into(),
+            };
+            let meanwhile = if mode.is_enforced() { "closed" } else { "not enforced" };
+            self.wait(pod, format!("{missing}; {meanwhile} meanwhile"));
+        }
+        let ports = found.listeners.unwrap_or_default();
+        let namespace = self.input.world.namespaces.get(&pod.name.namespace);
+        let judged = phase.is_judged() && mode != Mode::Off;
+        let policies: Arc<[Arc<Policy>]> = if judged {
+            self.input.world.policies.selecting(&pod.name.namespace, &pod.labels).into()
+        } else {
+            Arc::default()
+        };
+        self.own_rows(pod, found, netns, mode, phase, number, ports);
+        if judged && let Some(namespace) = namespace {
+            for exempt in namespace.exempt_ports.iter() {
+                let key =
+                    ExemptKey { netns, port: exempt.port, protocol: exempt.protocol, pad: [0; 5] };
+                self.tables.exempt.insert(key, 1);
+            }
+        }
+        self.phases.insert(netns, phase);
+        self.endpoints.insert(
+            netns,
+            EndpointState {
+                key: found.key.clone(),
+                pod: pod.clone(),
+                identity: id,
+                identity_number: number,
+                mode,
+                addresses: found.addresses.clone(),
+                cgroup_path: found.cgroup_path.clone(),
+                cgroup: found.cgroup,
+                policies,
+                default_deny: judged && namespace.is_some_and(|n| n.default_deny),
+                listener4: ports.v4,
+                listener6: (ports.v6, ports.v6_count()),
+                served: phase.is_served(),
+                since: found.since,
+            },
+        );
+    }
+
+    /// What the last process left in the kernel: enforced pods are closed until their
+    /// listeners are up again, others go on as they are.
+    fn inherited(&self, netns: u64) -> Option<Remembered> {
+        let mode = *self.input.inherited.get(&netns)?;
+        let phase = if mode.is_enforced() {
+            Phase::Preparing { since: self.input.now, held: None }
+        } else {
+            Phase::Plain { mode }
+        };
+        Some(Remembered { phase, mode, strict_since: None })
+    }
+
+    /// The endpoint's memory and timers.
+    fn remember(
+        &mut self,
+        found: &ObservedPod,
+        before: Option<Remembered>,
+        phase: Phase,
+        mode: Mode,
+    ) {
+        let netns = found.key.netns;
+        let now = self.input.now;
+        if before.is_none() && mode.is_enforced() {
+            self.close_all.insert(netns);
+        }
+        let mut strict_since = match before {
+            Some(before) if mode == Mode::Strict && before.mode != Mode::Strict => Some(now),
+            Some(before) if mode == Mode::Strict => before.strict_since,
+            _ => None,
+        };
+        if let Some(since) = strict_since {
+            let due = since + self.input.params.strict_grace;
+            if now >= due {
+                self.close_plaintext.insert(netns);
+                strict_since = None;
+            } else {
+                self.wake_at(due);
+            }
+        }
+        if let Some(due) = phase.due(self.input.params.unenrol_grace) {
+            self.wake_at(due);
+        }
+        if matches!(phase, Phase::Leaving { .. }) {
+            // Its flows end without telling.
+            self.wake_at(now + Duration::from_secs(1));
+        }
+        self.memory.insert(found.key.clone(), Remembered { phase, mode, strict_since });
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "one row is made of all of them")]
+    fn own_rows(
+        &mut self,
+        pod: &Arc<Pod>,
+        found: &ObservedPod,
+        netns: u64,
+        mode: Mode,
+        phase: Phase,
+        number: u32,
+        ports: OutboundPorts,
+    ) {
+        let first = |v4: bool| {
+            let ip = found.addresses.iter().find(|ip| ip.is_ipv4() == v4);
+            ip.map_or(Ip::UNSPECIFIED, |ip| Ip::from_std(*ip))
+        };
+        let mut flags = 0;
+        if phase.is_ready() {
+            flags |= pod::READY;
+        }
+        let closed = self.input.closed.contains(&netns)
+            || (mode.is_enforced() && !self.input.full.is_empty());
+        if closed {
+            flags |= pod::CLOSED;
+            if self.input.closed.contains(&netns) {
+                self.problems.push(Problem {
+                    subject: subject(&pod.name),
+                    message: "its rows or policies do not fit a BPF map, so it is closed: use \
+                              fewer ports, ranges or identities in its policies"
+                        .into(),
+                });
+            }
+        }
+        let entry = PodEntry {
+            ip4: first(true),
+            ip6: first(false),
+            cgroup: found.cgroup,
+            revision: self.input.world.revision,
+            identity: number,
+            listener4: ports.v4,
+            listener6: ports.v6,
+            listener6_count: ports.v6_count(),
+            mode: mode as u8,
+            flags,
+            pad: 0,
+        };
+        self.tables.pods.insert(netns, entry);
+        self.tables.cgroups.insert(found.cgroup, netns);
+        for ip in &found.addresses {
+            self.tables.own.insert(OwnAddressKey { netns, ip: Ip::from_std(*ip) }, 1);
+        }
+    }
+
+    fn wait(&mut self, pod: &Arc<Pod>, reason: String) {
+        self.waiting.push(Waiting { pod: pod.clone(), reason });
+    }
+
+    fn wake_at(&mut self, due: Duration) {
+        self.wake = Some(self.wake.map_or(due, |wake| wake.min(due)));
+    }
+
+    /// A pod's identity and its number.
+    fn identity(&mut self, pod: &Pod, numbers: &mut Numbers) -> Option<(SpiffeId, u32)> {
+        let key = (pod.name.namespace.clone(), pod.service_account.clone());
+        match self.ids.entry(key) {
+            Entry::Occupied(known) => known.get().clone(),
+            Entry::Vacant(slot) => {
+                let domain = &self.input.world.trust_domain;
+                let id = SpiffeId::for_service_account(
+                    domain,
+                    &pod.name.namespace,
+                    &pod.service_account,
+                );
+                let found = id.ok().and_then(|id| {
+                    let number = numbers.identities.number(&id)?;
+                    Some((id, number))
+                });
+                if let Some((_, number)) = &found {
+                    self.identities.insert(*number);
+                }
+                slot.insert(found).clone()
+            }
+        }
+    }
+
+    /// Who each pod address belongs to: the API's word, and this node's own pods by what
+    /// their network namespaces really have.
+    fn addresses(&mut self, numbers: &mut Numbers) {
+        let world = self.input.world.clone();
+        for (ip, uid) in &world.pods_by_ip {
+            let Some(pod) = world.pods.get(uid) else { continue };
+            let entry = self.address_entry(pod, numbers);
+            self.tables.addresses.insert(Ip::from_std(*ip), entry);
+        }
+        let mut local: Vec<(IpAddr, Arc<Pod>)> = Vec::new();
+        for endpoint in self.endpoints.values() {
+            local.extend(endpoint.addresses.iter().map(|ip| (*ip, endpoint.pod.clone())));
+        }
+        for (ip, pod) in local {
+            if self.may_have(ip, &pod) {
+                let entry = self.address_entry(&pod, numbers);
+                self.tables.addresses.insert(Ip::from_std(ip), entry);
+            } else {
+                self.problems.push(Problem {
+                    subject: subject(&pod.name),
+                    message: format!(
+                        "has {ip} in its network namespace, which belongs to another pod: it is \
+                         not taken for that one's"
+                    ),
+                });
+            }
+        }
+    }
+
+    /// A pod's address is its own unless the API gives it to another pod that lives: a pod
+    /// may put any address on its interface.
+    fn may_have(&self, ip: IpAddr, pod: &Pod) -> bool {
+        let world = self.input.world;
+        let Some(holder) = world.pods_by_ip.get(&ip) else { return true };
+        if *holder == pod.uid || pod.ips.contains(&ip) {
+            return true;
+        }
+        let Some(holder) = world.pods.get(holder) else { return true };
+        let gone_from_here = holder.node.as_ref() == Some(&self.input.params.node)
+            && !self.input.observed.pods.contains_key(&holder.uid);
+        holder.terminating || holder.finished || gone_from_here
+    }
+
+    fn address_entry(&mut self, pod: &Pod, numbers: &mut Numbers) -> AddressEntry {
+        let mut flags = 0;
+        if pod.is_enrollable() && !is_spared(&pod.name.namespace, self.input.params) {
+            flags |= address::ENROLLABLE;
+        }
+        if self.is_enrolled(pod) {
+            flags |= address::ENROLLED;
+            if self.is_served(pod) {
+                flags |= address::SERVED;
+            }
+        }
+        AddressEntry {
+            // Without a number it is a stranger: in no ALLOW, in every DENY of strangers.
+            identity: self.identity(pod, numbers).map_or(IDENTITY_WORLD, |(_, number)| number),
+            kind: address::POD,
+            flags,
+            pad: 0,
+        }
+    }
+
+    /// Own pods are served when they are; others when their node has said so.
+    fn is_served(&self, pod: &Pod) -> bool {
+        if pod.node.as_ref() == Some(&self.input.params.node) {
+            return self.endpoints.values().any(|e| e.key.uid == pod.uid && e.served);
+        }
+        self.input.world.served.contains_key(&pod.uid)
+    }
+
+    /// Every endpoint's compiled policy.
+    fn policies(&mut self, numbers: &mut Numbers) {
+        let world = self.input.world;
+        let names = numbers.identities.names();
+        let known: Vec<(u32, SpiffeId)> = self
+            .identities
+            .iter()
+            .filter_map(|number| Some((*number, names.get(number)?.clone())))
+            .collect();
+        let identities = Arc::new(self.identities.clone());
+        numbers.compiled.retain(|netns, _| self.endpoints.contains_key(netns));
+        for (netns, endpoint) in &self.endpoints {
+            if endpoint.mode == Mode::Off {
+                continue;
+            }
+            let from = CompiledFrom {
+                policies: endpoint.policies.to_vec(),
+                default_deny: endpoint.default_deny,
+                observe: endpoint.mode == Mode::Observe,
+                identities: identities.clone(),
+            };
+            if let Some((compiled_from, entries)) = numbers.compiled.get(netns)
+                && *compiled_from == from
+            {
+                self.tables.policies.insert(*netns, Some(entries.clone()));
+                continue;
+            }
+            let of = |policies, default_deny| {
+                compile(&CompileInput {
+                    policies,
+                    default_deny,
+                    trust_domain: &world.trust_domain,
+                    identities: &known,
+                    number: &|name| numbers.policies.number(name),
+                    observe: from.observe,
+                    max_entries: MAX_POLICY_ENTRIES as usize,
+                })
+            };
+            match of(&from.policies, from.default_deny) {
+                Ok(entries) => {
+                    let entries = Arc::new(entries);
+                    numbers.compiled.insert(*netns, (from, entries.clone()));
+                    self.tables.policies.insert(*netns, Some(entries));
+                }
+                Err(error) => {
+                    if let Some(entry) = self.tables.pods.get_mut(netns) {
+                        entry.flags |= pod::CLOSED;
+                    }
+                    // Nothing passes, whichever of the two rows is written first.
+                    let nothing = of(&[], true).unwrap_or_default();
+                    self.tables.policies.insert(*netns, Some(Arc::new(nothing)));
+                    self.problems.push(Problem {
+                        subject: subject(&endpoint.pod.name),
+                        message: format!("{error}; it is closed"),
+                    });
+                }
+            }
+        }
+    }
+
+    fn finish(self, numbers: &Numbers) -> Plan {
+        let world = self.with_local_addresses();
+        let listeners =
+            self.phases.iter().filter(|(_, p)| p.needs_listeners()).map(|(n, _)| *n).collect();
+        let lookups = self
+            .endpoints
+            .iter()
+            .filter(|(_, e)| e.mode != Mode::Off)
+            .map(|(netns, _)| *netns)
+            .collect();
+        let announce = self
+            .endpoints
+            .values()
+            .filter(|e| e.served)
+            .map(|e| (e.key.uid.clone(), name_of(&e.pod.name)))
+            .collect();
+        let state = NodeState {
+            revision: world.revision,
+            node: self.input.params.node.clone(),
+            world,
+            endpoints: self.endpoints.into_iter().map(|(n, e)| (n, Arc::new(e))).collect(),
+            waiting: self.waiting,
+            problems: self.problems,
+            identities: numbers.identities.names(),
+            policies: numbers.policies.policies(),
+        };
+        Plan {
+            tables: self.tables,
+            keep: self.keep,
+            state,
+            memory: self.memory,
+            svids: self.svids,
+            listeners,
+            lookups,
+            announce,
+            close_all: self.close_all,
+            close_plaintext: self.close_plaintext,
+            identities: self.identities,
+            wake: self.wake,
+        }
+    }
+
+    /// The world with this node's own pods at the addresses that they really have: the API
+    /// learns them late.
+    fn with_local_addresses(&self) -> Arc<World> {
+        let world = self.input.world;
+        let mut learnt: Vec<(IpAddr, PodUid)> = Vec::new();
+        for endpoint in self.endpoints.values() {
+            for ip in &endpoint.addresses {
+                let known = world.pods_by_ip.get(ip) == Some(&endpoint.key.uid);
+                if !known && self.may_have(*ip, &endpoint.pod) {
+                    learnt.push((*ip, endpoint.key.uid.clone()));
+                }
+            }
+        }
+        if learnt.is_empty() {
+            return world.clone();
+        }
+        let mut world = World::clone(world);
+        world.pods_by_ip.extend(learnt);
+        Arc::new(world)
+    }
+}
+
+fn subject(name: &ObjectName) -> String {
+    format!("pod {}/{}", name.namespace, name.name)
+}
+
+fn name_of(name: &ObjectName) -> Arc<str> {
+    format!("{}/{}", name.namespace, name.name).into()
+}
+
+/// A range as the kernel's trie has it: over mapped addresses.
+fn range_key(net: &IpNet) -> (u32, [u8; 16]) {
+    let bits = match net {
+        IpNet::V4(v4) => 96 + u32::from(v4.prefix_len()),
+        IpNet::V6(v6) => u32::from(v6.prefix_len()),
+    };
+    (bits, Ip::from_std(net.network()).octets())
+}
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;

@@ -1,0 +1,871 @@
+//! The one task that owns the endpoints and writes the kernel's maps (DESIGN §3a).
+//!
+//! A turn: look at the node, open listeners, plan, then apply in two steps. Rights are taken
+//! from the kernel first, then the state is published (open flows are judged again), then
+//! rights are given, then served pods are announced.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    os::fd::AsFd,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use signet_ebpf::abi::{AddressEntry, Config, FlowKey, Ip, ListenerKey, Mode};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    apply,
+    discovery::Discovery,
+    identities::{Identities, NEXT_ROW},
+    plan::{self, Input, Memory, Numbers, Observed, ObservedPod, Params, Plan},
+    probes::ProbeCgroups,
+    rejudge::{self, Close, Closed, Verdicts},
+    sockets::{self, ListenerCommand, OutboundPorts},
+    state::{EndpointKey, NodeState, NodeStatePublisher},
+    sweep,
+    tables::Tables,
+};
+use crate::{
+    cluster::model::{Pod, PodUid, Problem, World},
+    config::AgentConfig,
+    kernel::{KernelError, Maps, Programs, clock, features::Features},
+    netns::{NetnsFd, NetnsOpener},
+    policy::compile::PolicyEntry,
+    spiffe::SpiffeId,
+    svid::SvidHandle,
+};
+
+/// How often the task turns at least: within the time that the heartbeat allows.
+const TURN: Duration = Duration::from_millis(500);
+/// How often it turns while a pod is looked for.
+const TURN_WAITING: Duration = Duration::from_millis(20);
+/// A pod that was not found for so long is looked for at the usual pace.
+const IMPATIENCE: Duration = Duration::from_secs(60);
+/// How often the heartbeat is written.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// How often leftovers are swept and the kubelet's cgroup is looked after.
+const SWEEP: Duration = Duration::from_secs(10);
+/// What failed is tried again after this.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// `NETLINK_SOCK_DIAG`.
+const SOCK_DIAG: isize = 4;
+const AF_INET: u32 = 2;
+const AF_INET6: u32 = 10;
+
+/// Announces served pods (uid → `namespace/name`) at a revision; the error is for people.
+pub type Announce = Box<dyn FnMut(&BTreeMap<PodUid, Arc<str>>, u64) -> Result<(), String> + Send>;
+
+/// How many flows the data plane has open for an endpoint.
+pub type OpenFlows = Arc<dyn Fn(&EndpointKey) -> usize + Send + Sync>;
+
+/// What the task works with.
+pub struct Deps {
+    /// The world, as its source publishes it.
+    pub world: watch::Receiver<Arc<World>>,
+    /// The configuration; its live keys are followed.
+    pub config: watch::Receiver<Arc<AgentConfig>>,
+    /// The loaded programs.
+    pub programs: Programs,
+    /// Their maps.
+    pub maps: Maps,
+    /// Opens sockets in pods' network namespaces.
+    pub opener: NetnsOpener,
+    /// SVIDs.
+    pub svids: SvidHandle,
+    /// The proxy.
+    pub listeners: mpsc::UnboundedSender<ListenerCommand>,
+    /// The board.
+    pub announce: Announce,
+    /// The data plane's tables.
+    pub open_flows: OpenFlows,
+    /// Where closed flows are told.
+    pub closed: mpsc::UnboundedSender<ClosedFlows>,
+    /// Where the state is published.
+    pub state: NodeStatePublisher,
+    /// Where facts for `signet status` are published.
+    pub report: watch::Sender<KernelReport>,
+}
+
+/// Flows of an endpoint that were closed from the kernel's side.
+#[derive(Clone, Debug)]
+pub struct ClosedFlows {
+    /// Whose.
+    pub key: EndpointKey,
+    /// They.
+    pub flows: Vec<Closed>,
+    /// Revision of the world that decided.
+    pub revision: u64,
+}
+
+/// Facts about the kernel's side, for `signet status`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct KernelReport {
+    /// Every program, and whether it is attached where it is meant to be.
+    pub programs: Vec<(&'static str, bool)>,
+    /// The workloads root below the cgroup2 mount.
+    pub workloads: String,
+    /// The directory of the pins.
+    pub pins: String,
+    /// Where probes come from.
+    pub probe_cgroups: Vec<String>,
+    /// What the kernel lacks or what is masked, one sentence each.
+    pub missing_features: Vec<String>,
+    /// Problems of the kernel's side.
+    pub problems: Vec<Problem>,
+}
+
+/// Why the task ended by itself.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReconcileError {
+    /// The pinned maps cannot be read or cleared of readiness.
+    #[error("the pinned state cannot be taken over")]
+    Inherit(#[source] KernelError),
+    /// Discovery cannot start.
+    #[error("pods cannot be looked for: the node's own network namespace cannot be opened")]
+    Discovery(#[source] std::io::Error),
+    /// The source of the world is gone.
+    #[error("the source of the cluster's objects has ended")]
+    WorldGone,
+    /// The proxy is gone.
+    #[error("the data plane has ended")]
+    DataPlaneGone,
+}
+
+/// Runs until `stop` is cancelled; then un-announces this node's pods and returns. The
+/// kernel keeps what it has: registered enforced pods stay closed.
+///
+/// # Errors
+/// [`ReconcileError`]: the process should end with it.
+pub async fn run(deps: Deps, stop: CancellationToken) -> Result<(), ReconcileError> {
+    let mut task = Reconciler::start(deps)?;
+    let mut wake = Wake::new(&task);
+    loop {
+        let waited = wake.wait(&task, &stop).await?;
+        if waited == Woken::Stop {
+            task.unannounce();
+            return Ok(());
+        }
+        task.turn(waited == Woken::Changed).await?;
+    }
+}
+
+/// Compiled policies by network namespace, as [`Tables`] has them.
+type Policies = HashMap<u64, Option<Arc<Vec<PolicyEntry>>>>;
+
+/// An endpoint's listeners, as far as this task knows.
+enum Listeners {
+    Handed(OutboundPorts),
+    Failed(Arc<str>, Instant),
+}
+
+struct Reconciler {
+    deps: Deps,
+    discovery: Discovery,
+    applied: Tables,
+    numbers: Numbers,
+    memory: Memory,
+    inherited: BTreeMap<u64, Mode>,
+    full: BTreeSet<&'static str>,
+    closed: BTreeSet<u64>,
+    listeners: HashMap<EndpointKey, Listeners>,
+    announced: BTreeMap<PodUid, Arc<str>>,
+    announce_failed: Option<String>,
+    probes: ProbeCgroups,
+    workloads_level: u32,
+    started: Instant,
+    first_missed: HashMap<PodUid, Instant>,
+    planned: Option<u64>,
+    last_state: Option<NodeState>,
+    due: Option<Instant>,
+    last_heartbeat: Option<Instant>,
+    last_sweep: Option<Instant>,
+    failures: Vec<Problem>,
+}
+
+impl Reconciler {
+    fn start(mut deps: Deps) -> Result<Self, ReconcileError> {
+        let mut applied = apply::read(&deps.maps).map_err(ReconcileError::Inherit)?;
+        let inherited = applied.pods.iter().map(|(n, e)| (*n, Mode::from_u8(e.mode))).collect();
+        apply::close_all(&mut deps.maps, &mut applied).map_err(ReconcileError::Inherit)?;
+        sweep::forget_revisions(&mut deps.maps).map_err(ReconcileError::Inherit)?;
+        let rows = deps.maps.identities.rows().map_err(ReconcileError::Inherit)?;
+        let programs = &deps.programs;
+        let discovery = Discovery::new(
+            programs.hierarchy().clone(),
+            programs.workloads().clone(),
+            deps.opener.clone(),
+        )
+        .map_err(ReconcileError::Discovery)?;
+        let workloads_level = programs.workloads_level();
+        let mut task = Self {
+            deps,
+            discovery,
+            applied,
+            numbers: Numbers::new(Identities::from_rows(&rows)),
+            memory: Memory::new(),
+            inherited,
+            full: BTreeSet::new(),
+            closed: BTreeSet::new(),
+            listeners: HashMap::new(),
+            announced: BTreeMap::new(),
+            announce_failed: None,
+            probes: ProbeCgroups::default(),
+            workloads_level,
+            started: Instant::now(),
+            first_missed: HashMap::new(),
+            planned: None,
+            last_state: None,
+            due: None,
+            last_heartbeat: None,
+            last_sweep: None,
+            failures: Vec::new(),
+        };
+        task.find_probes();
+        Ok(task)
+    }
+
+    /// One turn; `changed` when the world, the configuration or an SVID did.
+    async fn turn(&mut self, changed: bool) -> Result<(), ReconcileError> {
+        let now = Instant::now();
+        let world = self.deps.world.borrow_and_update().clone();
+        let config = self.deps.config.borrow_and_update().clone();
+        // Until the first complete list, what is pinned stays as it is.
+        if !world.synced.pods {
+            return Ok(());
+        }
+        let params = params(&config, &self.deps.programs, self.workloads_level);
+        let pods = own_pods(&world, &params);
+        let mut changed = changed | self.discovery.poll(&pods, now).await;
+        self.note_missing(now);
+        changed |= self.drop_listeners_of_the_gone()?;
+        changed |= self.open_listeners(&world, &params, config.limits.backlog, now).await?;
+        changed |= self.sweep(now);
+        changed |= self.due.is_some_and(|due| due <= now);
+        changed |= self.planned != Some(world.revision);
+        if changed {
+            self.apply(&world, &params, now).await?;
+        }
+        self.beat(now);
+        Ok(())
+    }
+
+    /// Plans and applies.
+    async fn apply(
+        &mut self,
+        world: &Arc<World>,
+        params: &Params,
+        now: Instant,
+    ) -> Result<(), ReconcileError> {
+        self.due = None;
+        let observed = self.observed(world, params);
+        let input = Input {
+            world,
+            observed: &observed,
+            params,
+            memory: &self.memory,
+            inherited: &self.inherited,
+            full: &self.full,
+            closed: &self.closed,
+            now: now.duration_since(self.started),
+        };
+        let mut plan = plan::plan(&input, &mut self.numbers);
+        self.failures.clear();
+        if !self.write_identities() {
+            // No map may hold a number whose name is not pinned: nothing is applied.
+            self.due = Some(now + RETRY);
+            return Ok(());
+        }
+        plan.keep.extend(self.still_there(&observed, &plan));
+        plan.tables.keep(&self.applied, &plan.keep);
+        self.attach_lookups(&plan);
+
+        let before_policies = self.applied.policies.clone();
+        let before_addresses = self.applied.addresses.clone();
+        let between = plan.tables.without_new_rights(&self.applied);
+        let mut outcome = apply::apply(&mut self.deps.maps, &mut self.applied, &between);
+        plan.state.problems.append(&mut self.failures.clone());
+        self.publish(&plan);
+        let given = apply::apply(&mut self.deps.maps, &mut self.applied, &plan.tables);
+        outcome.full.extend(given.full);
+        outcome.closed.extend(given.closed);
+        outcome.failures.extend(given.failures);
+
+        if self.deps.programs.is_waiting() && outcome.failures.is_empty() {
+            if let Err(error) = self.deps.programs.activate() {
+                self.fail("programs", &error);
+            }
+        }
+        self.deps.svids.want(plan.svids.clone());
+        self.announce(&plan);
+        self.stop_listeners(&plan)?;
+        self.detach_lookups(&plan);
+        for key in self.close_flows(&plan, &before_policies, &before_addresses).await {
+            // As if it were not registered yet: the next plan closes them again.
+            plan.memory.remove(&key);
+        }
+        self.forget_identities(&plan, now);
+
+        self.memory = std::mem::take(&mut plan.memory);
+        for endpoint in plan.state.endpoints.keys() {
+            self.inherited.remove(endpoint);
+        }
+        self.planned = Some(world.revision);
+        self.schedule(&plan, outcome, now);
+        self.last_state = Some(plan.state);
+        self.report();
+        Ok(())
+    }
+
+    /// When to plan again without anything happening.
+    fn schedule(&mut self, plan: &Plan, outcome: apply::Outcome, now: Instant) {
+        for error in &outcome.failures {
+            self.fail("kernel maps", error);
+        }
+        let refitted = outcome.full != self.full || outcome.closed != self.closed;
+        self.full = outcome.full;
+        self.closed = outcome.closed;
+        let mut due = plan.wake.map(|wake| self.started + wake);
+        let mut at_most = |limit: Instant| due = Some(due.map_or(limit, |due| due.min(limit)));
+        if refitted {
+            at_most(now);
+        }
+        let unhappy = !self.full.is_empty() || !self.closed.is_empty();
+        if unhappy || !self.failures.is_empty() || self.announce_failed.is_some() {
+            at_most(now + RETRY);
+        }
+        self.due = due;
+    }
+
+    fn fail(&mut self, subject: &str, error: &dyn std::error::Error) {
+        let mut message = error.to_string();
+        let mut source = error.source();
+        while let Some(cause) = source {
+            message = format!("{message}: {cause}");
+            source = cause.source();
+        }
+        let problem = Problem { subject: subject.to_owned(), message };
+        if !self.failures.contains(&problem) {
+            tracing::error!(subject, message = %problem.message, "failed; trying again");
+            self.failures.push(problem);
+        }
+    }
+
+    fn publish(&mut self, plan: &Plan) {
+        self.deps.state.publish(plan.state.clone());
+    }
+
+    fn observed(&self, world: &World, params: &Params) -> Observed {
+        let pods = self.discovery.found().iter().map(|(uid, found)| {
+            let key = EndpointKey { uid: uid.clone(), netns: found.netns.cookie };
+            let (listeners, listeners_failed) = match self.listeners.get(&key) {
+                Some(Listeners::Handed(ports)) => (Some(*ports), None),
+                Some(Listeners::Failed(why, _)) => (None, Some(why.clone())),
+                None => (None, None),
+            };
+            let observed = ObservedPod {
+                cgroup: found.cgroup.id,
+                cgroup_path: found.cgroup.name.to_string_lossy().into(),
+                addresses: found.addresses.clone(),
+                listeners,
+                listeners_failed,
+                open_flows: (self.deps.open_flows)(&key),
+                since: found.since,
+                key,
+            };
+            (uid.clone(), observed)
+        });
+        let svids = own_pods(world, params)
+            .iter()
+            .filter_map(|pod| identity_of(world, pod))
+            .filter(|id| self.deps.svids.get(id).is_some())
+            .collect();
+        Observed {
+            pods: pods.collect(),
+            missing: self.discovery.missing().clone(),
+            probes: self.probes.cgroups.iter().map(|c| c.id).collect(),
+            svids,
+        }
+    }
+
+    /// Pods of an earlier process that are there and were not found this time: they stay
+    /// closed, as they are.
+    fn still_there(&self, observed: &Observed, plan: &Plan) -> BTreeSet<u64> {
+        if self.inherited.is_empty() || observed.missing.is_empty() {
+            return BTreeSet::new();
+        }
+        let live = self.discovery.pod_directories();
+        self.applied
+            .pods
+            .iter()
+            .filter(|(netns, entry)| {
+                self.inherited.contains_key(netns)
+                    && !plan.state.endpoints.contains_key(netns)
+                    && live.contains(&entry.cgroup)
+            })
+            .map(|(netns, _)| *netns)
+            .collect()
+    }
+
+    fn note_missing(&mut self, now: Instant) {
+        let missing = self.discovery.missing();
+        self.first_missed.retain(|uid, _| missing.contains_key(uid));
+        for uid in missing.keys() {
+            self.first_missed.entry(uid.clone()).or_insert(now);
+        }
+    }
+
+    /// True while some pod has been looked for, and not for long.
+    fn is_impatient(&self) -> bool {
+        let now = Instant::now();
+        self.first_missed.values().any(|since| now.duration_since(*since) < IMPATIENCE)
+    }
+
+    // ---- listeners
+
+    /// Opens and hands over the listeners of pods that are enforced and have none.
+    async fn open_listeners(
+        &mut self,
+        world: &World,
+        params: &Params,
+        backlog: u32,
+        now: Instant,
+    ) -> Result<bool, ReconcileError> {
+        let mut opened = false;
+        for pod in own_pods(world, params) {
+            let enforced = plan::wanted_mode(&pod, params).is_some_and(Mode::is_enforced);
+            let Some(found) = self.discovery.found().get(&pod.uid).filter(|_| enforced) else {
+                continue;
+            };
+            let netns = found.netns.clone();
+            let key = EndpointKey { uid: pod.uid.clone(), netns: netns.cookie };
+            let again = match self.listeners.get(&key) {
+                None => true,
+                Some(Listeners::Failed(_, at)) => now.duration_since(*at) >= RETRY,
+                Some(Listeners::Handed(_)) => false,
+            };
+            if !again {
+                continue;
+            }
+            let state = match self.open(&key, &netns, backlog).await? {
+                Ok(ports) => {
+                    opened = true;
+                    Listeners::Handed(ports)
+                }
+                Err(why) => {
+                    opened |= !matches!(self.listeners.get(&key), Some(Listeners::Failed(old, _)) if **old == *why);
+                    Listeners::Failed(why.into(), now)
+                }
+            };
+            self.listeners.insert(key, state);
+        }
+        Ok(opened)
+    }
+
+    /// The inner error is the pod's, the outer one the process's.
+    async fn open(
+        &mut self,
+        key: &EndpointKey,
+        netns: &Arc<NetnsFd>,
+        backlog: u32,
+    ) -> Result<Result<OutboundPorts, String>, ReconcileError> {
+        // Plaintext is refused by this program; without it nothing is served.
+        if let Err(error) = self.deps.programs.attach_lookup(netns) {
+            return Ok(Err(error.to_string()));
+        }
+        let opened = match sockets::open(&self.deps.opener, netns, backlog).await {
+            Ok(opened) => opened,
+            Err(error) => return Ok(Err(error.to_string())),
+        };
+        let mut inbound = Vec::with_capacity(2);
+        for (family, listener) in [(AF_INET, opened.inbound_v4), (AF_INET6, opened.inbound_v6)] {
+            let Some(listener) = listener else { continue };
+            let key = ListenerKey { netns: netns.cookie, family, pad: 0 };
+            if let Err(error) = self.deps.maps.set_listener(key, &listener) {
+                return Ok(Err(error.to_string()));
+            }
+            inbound.push(listener);
+        }
+        let command = ListenerCommand::Serve {
+            key: key.clone(),
+            netns: netns.clone(),
+            outbound: opened.outbound,
+            inbound,
+        };
+        self.deps.listeners.send(command).map_err(|_| ReconcileError::DataPlaneGone)?;
+        Ok(Ok(opened.ports))
+    }
+
+    /// Stops serving endpoints whose pod or sandbox is gone, at once.
+    fn drop_listeners_of_the_gone(&mut self) -> Result<bool, ReconcileError> {
+        let found = self.discovery.found();
+        let gone: Vec<EndpointKey> = self
+            .listeners
+            .keys()
+            .filter(|key| found.get(&key.uid).is_none_or(|f| f.netns.cookie != key.netns))
+            .cloned()
+            .collect();
+        for key in &gone {
+            self.stop(key, Duration::ZERO)?;
+        }
+        Ok(!gone.is_empty())
+    }
+
+    /// Stops serving endpoints that left the mesh; the kernel steers nothing to them now.
+    fn stop_listeners(&mut self, plan: &Plan) -> Result<(), ReconcileError> {
+        let over: Vec<EndpointKey> = self
+            .listeners
+            .keys()
+            .filter(|key| plan.state.endpoints.contains_key(&key.netns))
+            .filter(|key| !plan.listeners.contains(&key.netns))
+            .cloned()
+            .collect();
+        for key in &over {
+            self.stop(key, Duration::ZERO)?;
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self, key: &EndpointKey, drain: Duration) -> Result<(), ReconcileError> {
+        let Some(Listeners::Handed(_)) = self.listeners.remove(key) else { return Ok(()) };
+        for family in [AF_INET, AF_INET6] {
+            let key = ListenerKey { netns: key.netns, family, pad: 0 };
+            if let Err(error) = self.deps.maps.remove_listener(&key) {
+                self.fail("kernel maps", &error);
+            }
+        }
+        let command = ListenerCommand::Stop { key: key.clone(), drain };
+        self.deps.listeners.send(command).map_err(|_| ReconcileError::DataPlaneGone)
+    }
+
+    // ---- sk_lookup programs
+
+    fn attach_lookups(&mut self, plan: &Plan) {
+        let mut failed = Vec::new();
+        for found in self.discovery.found().values() {
+            if plan.lookups.contains(&found.netns.cookie)
+                && let Err(error) = self.deps.programs.attach_lookup(&found.netns)
+            {
+                failed.push(error);
+            }
+        }
+        for error in failed {
+            self.fail("sk_lookup", &error);
+        }
+    }
+
+    fn detach_lookups(&mut self, plan: &Plan) {
+        for cookie in self.deps.programs.pinned_lookups() {
+            if !plan.lookups.contains(&cookie)
+                && !plan.keep.contains(&cookie)
+                && let Err(error) = self.deps.programs.detach_lookup(cookie)
+            {
+                self.fail("sk_lookup", &error);
+            }
+        }
+    }
+
+    // ---- identities
+
+    /// Pins the names of new numbers; false when one could not be.
+    fn write_identities(&mut self) -> bool {
+        for (number, row) in self.numbers.identities.unwritten() {
+            match self.deps.maps.identities.set(number, row) {
+                Ok(()) => self.numbers.identities.written(number),
+                Err(error) => {
+                    self.fail("identities", &error);
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    fn forget_identities(&mut self, plan: &Plan, now: Instant) {
+        let now = now.duration_since(self.started);
+        let Some((next, old)) = self.numbers.identities.forget(&plan.identities, now) else {
+            return;
+        };
+        if let Err(error) = self.deps.maps.identities.set(NEXT_ROW, next) {
+            // Without it the highest number could be given away again after a restart.
+            self.fail("identities", &error);
+            return;
+        }
+        for number in old {
+            if let Err(error) = self.deps.maps.identities.remove(&number) {
+                self.fail("identities", &error);
+            }
+        }
+    }
+
+    // ---- announcing
+
+    fn announce(&mut self, plan: &Plan) {
+        if plan.announce == self.announced && self.announce_failed.is_none() {
+            return;
+        }
+        match (self.deps.announce)(&plan.announce, plan.state.revision) {
+            Ok(()) => {
+                self.announced.clone_from(&plan.announce);
+                self.announce_failed = None;
+            }
+            Err(error) => {
+                tracing::error!(%error, "announcing served pods failed; trying again");
+                self.announce_failed = Some(error);
+            }
+        }
+    }
+
+    fn unannounce(&mut self) {
+        let revision = self.planned.unwrap_or(0);
+        if let Err(error) = (self.deps.announce)(&BTreeMap::new(), revision) {
+            tracing::error!(%error, "un-announcing this node's pods failed");
+        }
+    }
+
+    // ---- open flows
+
+    /// Closes direct flows that lost their right. Tunnelled ones are the proxy's. Answers
+    /// the endpoints whose earlier sockets could not be closed.
+    async fn close_flows(
+        &mut self,
+        plan: &Plan,
+        policies_before: &Policies,
+        addresses_before: &HashMap<Ip, AddressEntry>,
+    ) -> Vec<EndpointKey> {
+        let mut failed = Vec::new();
+        let addresses_changed = *addresses_before != self.applied.addresses;
+        let mut attested = None;
+        for (netns, endpoint) in &plan.state.endpoints {
+            let policy_changed = policies_before.get(netns).and_then(Option::as_ref)
+                != self.applied.policies.get(netns).and_then(Option::as_ref);
+            let what = if plan.close_all.contains(netns) {
+                Close::Everything
+            } else if plan.close_plaintext.contains(netns) {
+                Close::NotAsDialledNow
+            } else if endpoint.mode.is_enforced() && (policy_changed || addresses_changed) {
+                Close::Denied
+            } else {
+                continue;
+            };
+            let Some(found) = self.discovery.found().get(&endpoint.key.uid) else { continue };
+            let netns_fd = found.netns.clone();
+            let attested = match &attested {
+                Some(attested) => attested,
+                None => attested.insert(self.attested()),
+            };
+            match self.close_flows_of(&netns_fd, attested, what).await {
+                Ok(flows) if flows.is_empty() => {}
+                Ok(flows) => {
+                    tracing::info!(netns, count = flows.len(), ?what, "closed flows of a pod");
+                    // Nobody listening any more is the daemon's end, not this task's affair.
+                    let _ = self.deps.closed.send(ClosedFlows {
+                        key: endpoint.key.clone(),
+                        flows,
+                        revision: plan.state.revision,
+                    });
+                }
+                Err(error) => {
+                    self.fail("open flows", &error);
+                    if what == Close::Everything {
+                        failed.push(endpoint.key.clone());
+                    }
+                }
+            }
+        }
+        failed
+    }
+
+    async fn close_flows_of(
+        &self,
+        netns: &Arc<NetnsFd>,
+        attested: &HashSet<FlowKey>,
+        what: Close,
+    ) -> Result<Vec<Closed>, KernelError> {
+        let diag = self
+            .deps
+            .opener
+            .netlink(netns, SOCK_DIAG)
+            .await
+            .map_err(|source| KernelError::SockDiag { action: "list", source })?;
+        let verdicts = Verdicts::new(&self.applied, attested);
+        let agent = self.deps.programs.agent().id;
+        rejudge::close(diag.as_fd(), netns.cookie, agent, &verdicts, what)
+    }
+
+    fn attested(&self) -> HashSet<FlowKey> {
+        let rows = self.deps.maps.attested.rows().unwrap_or_default();
+        rows.into_iter().map(|(key, _)| key).collect()
+    }
+
+    // ---- from time to time
+
+    fn beat(&mut self, now: Instant) {
+        if self.last_heartbeat.is_some_and(|last| now.duration_since(last) < HEARTBEAT) {
+            return;
+        }
+        match apply::heartbeat(&mut self.deps.maps) {
+            Ok(()) => self.last_heartbeat = Some(now),
+            Err(error) => self.fail("heartbeat", &error),
+        }
+    }
+
+    /// Sweeps; true when the probes' cgroups changed.
+    fn sweep(&mut self, now: Instant) -> bool {
+        if self.last_sweep.is_some_and(|last| now.duration_since(last) < SWEEP) {
+            return false;
+        }
+        self.last_sweep = Some(now);
+        let registered = self.applied.pods.keys().copied().collect();
+        if let Err(error) = sweep::sweep(&mut self.deps.maps, &registered, clock::monotonic()) {
+            self.fail("sweep", &error);
+        }
+        let hierarchy = self.deps.programs.hierarchy();
+        if self.probes.is_current(hierarchy) {
+            return false;
+        }
+        self.find_probes()
+    }
+
+    fn find_probes(&mut self) -> bool {
+        let programs = &self.deps.programs;
+        let configured = self.deps.config.borrow().probe_cgroups.clone();
+        let found = ProbeCgroups::find(programs.hierarchy(), programs.workloads(), &configured);
+        if found == self.probes {
+            return false;
+        }
+        for problem in &found.problems {
+            tracing::warn!(%problem, "probes");
+        }
+        self.probes = found;
+        true
+    }
+
+    fn report(&self) {
+        let programs = &self.deps.programs;
+        let problem = |subject: &str, message: &String| Problem {
+            subject: subject.to_owned(),
+            message: message.clone(),
+        };
+        let mut problems = self.failures.clone();
+        problems.extend(self.probes.problems.iter().map(|p| problem("probes", p)));
+        problems.extend(programs.warnings().iter().map(|w| problem("programs", w)));
+        problems.extend(self.announce_failed.iter().map(|e| problem("board", e)));
+        let report = KernelReport {
+            programs: programs.attached(),
+            workloads: programs.workloads().name.display().to_string(),
+            pins: programs.pins().display().to_string(),
+            probe_cgroups: self
+                .probes
+                .cgroups
+                .iter()
+                .map(|c| c.name.display().to_string())
+                .collect(),
+            missing_features: Features::missing(programs.features()),
+            problems,
+        };
+        self.deps.report.send_if_modified(|old| {
+            let changed = *old != report;
+            *old = report;
+            changed
+        });
+    }
+}
+
+/// What woke the task.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Woken {
+    /// The world, the configuration or an SVID changed.
+    Changed,
+    /// Time passed, or a directory was made.
+    Time,
+    /// The end.
+    Stop,
+}
+
+/// What the task waits for.
+struct Wake {
+    world: watch::Receiver<Arc<World>>,
+    config: watch::Receiver<Arc<AgentConfig>>,
+    svids: watch::Receiver<u64>,
+    directories: super::watcher::DirectoryWatcher,
+}
+
+impl Wake {
+    fn new(task: &Reconciler) -> Self {
+        let mut world = task.deps.world.clone();
+        world.mark_changed();
+        Self {
+            world,
+            config: task.deps.config.clone(),
+            svids: task.deps.svids.subscribe(),
+            directories: super::watcher::DirectoryWatcher::new(
+                &task.deps.programs.workloads().path,
+            ),
+        }
+    }
+
+    async fn wait(
+        &mut self,
+        task: &Reconciler,
+        stop: &CancellationToken,
+    ) -> Result<Woken, ReconcileError> {
+        let turn = if task.is_impatient() { TURN_WAITING } else { TURN };
+        let next = Instant::now() + turn;
+        let next = task.due.map_or(next, |due| due.min(next));
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => Ok(Woken::Stop),
+            changed = self.world.changed() => {
+                changed.map_err(|_| ReconcileError::WorldGone)?;
+                Ok(Woken::Changed)
+            }
+            Ok(()) = self.config.changed() => Ok(Woken::Changed),
+            Ok(()) = self.svids.changed() => Ok(Woken::Changed),
+            () = self.directories.made() => Ok(Woken::Time),
+            () = tokio::time::sleep_until(next.into()) => Ok(Woken::Time),
+        }
+    }
+}
+
+/// The configuration as the plan needs it.
+fn params(config: &AgentConfig, programs: &Programs, workloads_level: u32) -> Params {
+    Params {
+        node: config.node.as_str().into(),
+        config: Config {
+            host_netns: programs.host_netns(),
+            events_per_second: config.events_per_second,
+            workloads_level,
+            unknown_pods: config.unknown_pods.number(),
+            enforcement: config.enforcement.number(),
+            deny_when_dead: u8::from(
+                config.when_agent_dead == crate::config::values::WhenAgentDead::Deny,
+            ),
+            ..Config::default()
+        },
+        never_deny: config.never_deny.iter().map(|n| n.as_str().into()).collect(),
+        unenrol_grace: config.unenrol_grace,
+        strict_grace: config.strict_grace,
+    }
+}
+
+/// The pods that should be endpoints here.
+fn own_pods(world: &World, params: &Params) -> Vec<Arc<Pod>> {
+    let mut pods: Vec<Arc<Pod>> = world
+        .pods
+        .values()
+        .filter(|pod| plan::wanted_mode(pod, params).is_some())
+        .cloned()
+        .collect();
+    // The same order every time: what is short is given to the same ones.
+    pods.sort_by(|a, b| a.uid.cmp(&b.uid));
+    pods
+}
+
+fn identity_of(world: &World, pod: &Pod) -> Option<SpiffeId> {
+    SpiffeId::for_service_account(&world.trust_domain, &pod.name.namespace, &pod.service_account)
+        .ok()
+}
