@@ -125,6 +125,9 @@ impl Lab {
             let node = Node::create(id, number, options.nodes, family, options.driver, &switch)?;
             nodes.push(Arc::new(node));
         }
+        for node in &nodes {
+            cluster.apply(node_object(node))?;
+        }
         let outside = outside(id, family, options.nodes, &switch)?;
         let agents = nodes
             .iter()
@@ -209,6 +212,11 @@ impl Lab {
         address::outside(self.family)
     }
 
+    /// Waits until the pod's own agent says `state` of it (see [`Agent::wait_state`]).
+    pub fn wait_state(&self, pod: &Pod, state: &str) -> Result<()> {
+        self.agent(&pod.node().name)?.wait_state(pod, state)
+    }
+
     /// Captures what crosses between nodes, into `<directory>/<name>.pcap`.
     pub fn capture(&self, name: &str) -> Result<Capture> {
         self.switch.capture(&self.directory.join(format!("{name}.pcap")))
@@ -249,6 +257,9 @@ impl Lab {
         let mut started = Vec::new();
         for object in cluster_dir::parse(text)? {
             match cluster_dir::kind_of(&object) {
+                "" if object["podRanges"].is_array() => {
+                    // A `ranges.yaml`: the lab's own says what the lab really has.
+                }
                 "Pod" => {
                     let (namespace, name) = cluster_dir::name_of(&object);
                     let node = match object["spec"]["nodeName"].as_str() {
@@ -390,6 +401,20 @@ impl Drop for Lab {
             self.dismantle();
         }
     }
+}
+
+/// The Node as the API has it.
+fn node_object(node: &Node) -> Value {
+    let addresses: Vec<Value> = node
+        .addresses
+        .all()
+        .iter()
+        .map(|ip| json!({"type": "InternalIP", "address": ip.to_string()}))
+        .collect();
+    json!({
+        "apiVersion": "v1", "kind": "Node", "metadata": {"name": node.name},
+        "status": {"addresses": addresses},
+    })
 }
 
 fn copy_files(from: &Path, to: &Path) {

@@ -32,6 +32,7 @@ pub mod agent;
 pub mod capture;
 pub mod cgroup;
 pub mod cluster_dir;
+pub mod forge;
 pub mod kubelet;
 pub mod lab;
 pub mod leftovers;

@@ -98,6 +98,7 @@ impl Place {
 
     fn worker(&self) -> Result<Command> {
         let mut command = Command::new(worker_binary()?);
+        without_own_variables(&mut command);
         command.arg("--cgroup").arg(&self.cgroup).arg("--netns").arg(&self.netns);
         Ok(command)
     }
@@ -288,6 +289,16 @@ pub fn tail_of(log: &Path, lines: usize) -> String {
     let all: Vec<&str> = text.lines().collect();
     let from = all.len().saturating_sub(lines);
     all[from..].iter().map(|l| format!("  | {l}\n")).collect()
+}
+
+/// The lab's own variables are none of the agent's, which refuses unknown ones.
+pub(crate) fn without_own_variables(command: &mut Command) {
+    for (key, _) in std::env::vars_os() {
+        let name = key.to_string_lossy();
+        if name.starts_with("SIGNET_") && name != "SIGNET_MASK_FEATURES" {
+            command.env_remove(&key);
+        }
+    }
 }
 
 /// The helper that plays the roles: `SIGNET_LAB_WORKER`, or beside this executable.

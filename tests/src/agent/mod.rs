@@ -22,7 +22,7 @@ use crate::{
     lab::{LabOptions, eventually},
     node::Node,
     pod::Pod,
-    process::{Output, Running, signet_binary, tail_of},
+    process::{Output, Running, signet_binary, tail_of, without_own_variables},
 };
 
 /// How long an agent may take to become ready, on a busy machine.
@@ -211,11 +211,12 @@ impl Agent {
 
     /// Runs `signet <arguments> --socket <its admin socket>`.
     pub fn cli(&self, arguments: &[&str]) -> Result<Output> {
-        let output = Command::new(signet_binary()?)
+        let mut command = Command::new(signet_binary()?);
+        without_own_variables(&mut command);
+        let output = command
             .args(arguments)
             .arg("--socket")
             .arg(self.socket())
-            .env_remove("SIGNET_SOCKET")
             .output()
             .context("cannot run signet")?;
         Ok(Output {
@@ -230,11 +231,18 @@ impl Agent {
         self.json(&["status", "-o", "json"], &[0, 1])
     }
 
-    /// `signet endpoints -o json`: one value, or an array of the lines.
-    pub fn endpoints(&self) -> Result<Value> {
-        self.json(&["endpoints", "-o", "json"], &[0])
+    /// What `signet endpoints -o json` says of each pod of the node.
+    pub fn endpoints(&self) -> Result<Vec<Value>> {
+        let answer = self.json(&["endpoints", "-o", "json"], &[0])?;
+        Ok(answer["endpoints"].as_array().cloned().unwrap_or_default())
     }
 
+    /// What it says of one pod, by uid.
+    pub fn endpoint(&self, pod: &Pod) -> Result<Option<Value>> {
+        Ok(self.endpoints()?.into_iter().find(|e| e["uid"] == *pod.uid()))
+    }
+
+    /// One JSON value that a command prints.
     fn json(&self, arguments: &[&str], codes: &[i32]) -> Result<Value> {
         let answer = self.cli(arguments)?;
         ensure!(
@@ -243,25 +251,34 @@ impl Agent {
             answer.status,
             answer.stderr
         );
-        let text = answer.stdout.trim();
-        if let Ok(value) = serde_json::from_str(text) {
-            return Ok(value);
-        }
-        text.lines()
-            .map(|line| serde_json::from_str(line).with_context(|| line.to_owned()))
-            .collect::<Result<Vec<Value>>>()
-            .map(Value::Array)
+        serde_json::from_str(answer.stdout.trim()).with_context(|| answer.stdout.clone())
     }
 
-    /// Waits until this agent manages the pod and, where its mode asks for it, serves it.
-    pub fn wait_served(&self, pod: &Pod) -> Result<()> {
+    /// Waits until the agent says of its pod: `off`, `observed`, `served`, `waiting`, …
+    pub fn wait_state(&self, pod: &Pod, state: &str) -> Result<()> {
         let name = pod.full_name();
-        eventually(&format!("{name} is served"), READY_TIMEOUT, || {
-            let file = self.cluster_dir.join("status").join(format!("{}.yaml", self.node.name));
-            let text = fs::read_to_string(&file).with_context(|| file.display().to_string())?;
-            Ok(text.contains(pod.uid()).then_some(()))
+        eventually(&format!("{name} is {state}"), READY_TIMEOUT, || {
+            let endpoint =
+                self.endpoint(pod)?.with_context(|| format!("{name} is unknown to the agent"))?;
+            if endpoint["state"] == state {
+                return Ok(Some(()));
+            }
+            bail!("{name} is {} {}", endpoint["state"], endpoint["waiting"])
         })
         .with_context(|| tail_of(&self.log(), 40))
+    }
+
+    /// Waits until `signet status` has a problem whose text contains `text`; returns it.
+    pub fn wait_problem(&self, text: &str) -> Result<Value> {
+        eventually(&format!("a problem with {text:?}"), Duration::from_secs(10), || {
+            let status = self.status()?;
+            let problems = status["problems"].as_array().cloned().unwrap_or_default();
+            let found = problems.iter().find(|p| p.to_string().contains(text)).cloned();
+            if found.is_none() {
+                bail!("problems: {problems:?}")
+            }
+            Ok(found)
+        })
     }
 
     /// Recent flows, newest last; `filters` are flags of `signet flows`.

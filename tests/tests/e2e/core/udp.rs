@@ -1,0 +1,117 @@
+//! UDP: untouched unless denied; connected sockets too; DNS is shown.
+
+use anyhow::{Result, ensure};
+use serde_json::json;
+use signet_lab::{
+    eventually,
+    pod::Pod,
+    traffic::{Role, reports::UdpReport, roles::UdpClient},
+};
+
+use crate::mesh::{CHANGE, Mesh, TIMEOUT, UDP, policy, verdict, with_logs};
+
+fn send(client: &Pod, to: std::net::SocketAddr, connected: bool) -> Result<UdpReport> {
+    let role = UdpClient { to, connected, count: 3, timeout_ms: 300, ..Default::default() };
+    client.run(&Role::UdpClient(role), TIMEOUT)
+}
+
+fn answered(client: &Pod, to: std::net::SocketAddr) -> Result<()> {
+    for connected in [false, true] {
+        let report = send(client, to, connected)?;
+        ensure!(report.answered == 3, "{}: {report:?}", client.full_name());
+        ensure!(report.strangers.is_empty(), "{report:?}");
+    }
+    Ok(())
+}
+
+fn answered_soon(client: &Pod, to: std::net::SocketAddr) -> Result<()> {
+    eventually("datagrams are answered", CHANGE, || answered(client, to).map(Some))
+}
+
+#[test]
+fn datagrams_between_enrolled_pods_and_outside_work_and_are_shown() -> Result<()> {
+    let mesh = Mesh::start(Some("strict"))?;
+    with_logs(&mesh, |mesh| {
+        let Mesh { lab, frontend, payments, reports, .. } = mesh;
+        for to in payments.all_at(UDP) {
+            answered_soon(frontend, to)?;
+        }
+        for to in reports.all_at(UDP) {
+            answered_soon(frontend, to)?;
+        }
+        let flow = lab.agent("node-1")?.wait_flow("udp", &["--protocol", "udp"], |flow| {
+            flow.between("shop/frontend", "shop/payments") && flow.is("FORWARDED", "allowed")
+        })?;
+        ensure!(flow.via == "plaintext" && flow.direction == "egress", "{flow}");
+        Ok(())
+    })
+}
+
+#[test]
+fn udp_denials_reach_open_sockets_too() -> Result<()> {
+    let mesh = Mesh::start(Some("strict"))?;
+    with_logs(&mesh, |mesh| {
+        let Mesh { lab, frontend, intruder, payments, .. } = mesh;
+        let to = payments.at(UDP);
+        answered_soon(intruder, to)?;
+        answered_soon(frontend, to)?;
+        // A connected socket from before the denial.
+        let role =
+            UdpClient { to, connected: true, count: 0, timeout_ms: 200, ..Default::default() };
+        let open = intruder.start(&Role::UdpClient(role))?;
+        open.wait_for("an answer", TIMEOUT, |v| v["outcome"] == "answered")?;
+
+        lab.cluster().apply(policy(
+            "no-intruder",
+            "Deny",
+            "payments",
+            json!([{"from": [{"serviceAccounts": ["intruder"]}],
+                    "ports": [{"port": UDP, "protocol": "UDP"}]}]),
+        ))?;
+        open.wait_for("the open socket is cut", CHANGE, |v| {
+            v["event"] == "change" && v["outcome"] != "answered"
+        })?;
+        for connected in [false, true] {
+            let report = send(intruder, to, connected)?;
+            ensure!(report.answered == 0, "{report:?}");
+        }
+        answered(frontend, to)?;
+        let flow = verdict(
+            lab,
+            "node-2",
+            "destination",
+            "shop/intruder",
+            "shop/payments",
+            "DROPPED",
+            "policy_deny",
+        )?;
+        ensure!(flow.protocol == "udp", "{flow}");
+        ensure!(flow.policy_name() == "shop/no-intruder", "{flow}");
+        Ok(())
+    })
+}
+
+#[test]
+fn an_allow_on_an_identity_does_not_believe_an_address() -> Result<()> {
+    let mesh = Mesh::start(Some("strict"))?;
+    with_logs(&mesh, |mesh| {
+        let Mesh { lab, frontend, payments, .. } = mesh;
+        let to = payments.at(UDP);
+        answered_soon(frontend, to)?;
+        let allow = |unauthenticated: bool| {
+            let mut rule = json!({"from": [{"serviceAccounts": ["frontend"]}]});
+            if unauthenticated {
+                rule["unauthenticated"] = json!(true);
+            }
+            policy("payments-callers", "Allow", "payments", json!([rule]))
+        };
+        lab.cluster().apply(allow(false))?;
+        eventually("UDP under an ALLOW by account is refused", CHANGE, || {
+            let report = send(frontend, to, false)?;
+            Ok((report.answered == 0).then_some(()))
+        })?;
+        lab.cluster().apply(allow(true))?;
+        answered_soon(frontend, to)?;
+        Ok(())
+    })
+}
