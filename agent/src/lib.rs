@@ -23,6 +23,7 @@ pub mod ca;
 pub mod cli;
 pub mod cluster;
 pub mod config;
+pub mod daemon;
 pub mod endpoint;
 pub mod flow;
 pub mod kernel;

@@ -1,6 +1,6 @@
 //! Endpoints' listeners: taken over from the reconciler, accepted from, given up.
 
-use std::{collections::HashMap, os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use rustix::io::Errno;
 use tokio::{net::TcpListener, sync::mpsc, time::sleep};
@@ -10,7 +10,7 @@ use super::{
     plane::{Core, Plane},
     served::Served,
 };
-use crate::endpoint::{sockets::ListenerCommand, state::EndpointKey};
+use crate::endpoint::sockets::ListenerCommand;
 
 /// How long a listener rests when the process is out of descriptors or memory.
 const REST: Duration = Duration::from_millis(50);
@@ -19,14 +19,13 @@ const REST: Duration = Duration::from_millis(50);
 pub async fn follow(
     plane: Arc<Plane>,
     cores: Arc<Cores>,
-    mut commands: mpsc::Receiver<ListenerCommand>,
+    mut commands: mpsc::UnboundedReceiver<ListenerCommand>,
 ) {
-    let mut endpoints: HashMap<EndpointKey, Arc<Served>> = HashMap::new();
     let mut next = 0usize;
     while let Some(command) = commands.recv().await {
         match command {
             ListenerCommand::Serve { key, netns, outbound, inbound } => {
-                let known = endpoints.get(&key).filter(|s| !s.drain.is_cancelled()).cloned();
+                let known = plane.served().get(&key).filter(|s| !s.drain.is_cancelled()).cloned();
                 let served = known
                     .unwrap_or_else(|| Served::new(key.clone(), netns, &plane.drain, &plane.cut));
                 tracing::debug!(
@@ -35,7 +34,7 @@ pub async fn follow(
                     inbound = inbound.len(),
                     "serving endpoint"
                 );
-                endpoints.insert(key, served.clone());
+                plane.served().insert(key, served.clone());
                 let outbound = outbound.into_iter().map(|fd| (fd, Side::Outbound));
                 let inbound = inbound.into_iter().map(|fd| (fd, Side::Inbound));
                 for (listener, side) in outbound.chain(inbound) {
@@ -44,7 +43,8 @@ pub async fn follow(
                 }
             }
             ListenerCommand::Stop { key, drain } => {
-                if let Some(served) = endpoints.remove(&key) {
+                let stopped = plane.served().remove(&key);
+                if let Some(served) = stopped {
                     tracing::debug!(pod.uid = %key.uid, ?drain, "endpoint stops");
                     served.drain.cancel();
                     cut_after(&cores, served, drain);

@@ -47,7 +47,10 @@ use self::{
 };
 use crate::{
     config::Limits,
-    endpoint::{sockets::ListenerCommand, state::NodeStateHandle},
+    endpoint::{
+        sockets::ListenerCommand,
+        state::{EndpointKey, NodeStateHandle},
+    },
     flow::Recorder,
     kernel::FlowSockets,
     netns::NetnsOpener,
@@ -73,7 +76,7 @@ pub struct Dependencies {
     /// Takes the records.
     pub recorder: Recorder,
     /// Which listeners to serve.
-    pub commands: mpsc::Receiver<ListenerCommand>,
+    pub commands: mpsc::UnboundedReceiver<ListenerCommand>,
 }
 
 /// Starts the data plane.
@@ -97,6 +100,7 @@ impl DataPlane {
             recorder: deps.recorder,
             counters: Counters::default(),
             flow_ids: Arc::default(),
+            endpoints: Mutex::default(),
             drain: CancellationToken::new(),
             cut: CancellationToken::new(),
         };
@@ -106,7 +110,7 @@ impl DataPlane {
 
 fn start(
     plane: Arc<Plane>,
-    commands: mpsc::Receiver<ListenerCommand>,
+    commands: mpsc::UnboundedReceiver<ListenerCommand>,
 ) -> io::Result<DataPlaneHandle> {
     let (cores, idle) = Cores::new(&plane)?;
     let stop = CancellationToken::new();
@@ -173,6 +177,11 @@ impl DataPlaneHandle {
             unattributed: counters.unattributed.load(Ordering::Relaxed),
             failures: counters.failures(),
         }
+    }
+
+    /// How many flows an endpoint has open; none when it is not served.
+    pub fn open_flows_of(&self, key: &EndpointKey) -> usize {
+        self.plane.served().get(key).map_or(0, |served| served.open_flows() as usize)
     }
 
     /// Changes the limits; what is over a new one stays, nothing is added.

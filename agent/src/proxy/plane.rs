@@ -1,6 +1,10 @@
 //! What all cores share.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use arc_swap::ArcSwap;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -11,11 +15,12 @@ use super::{
     dial::{DialError, TunnelKey},
     flow_ids::FlowIds,
     open_flows::OpenFlows,
+    served::Served,
     sockets::PodSockets,
 };
 use crate::{
     config::Limits,
-    endpoint::state::NodeStateHandle,
+    endpoint::state::{EndpointKey, NodeStateHandle},
     flow::Recorder,
     spiffe::Svid,
     svid::SvidHandle,
@@ -72,6 +77,8 @@ pub struct Plane {
     pub(super) certificates: Certificates,
     pub(super) counters: Counters,
     pub(super) flow_ids: Arc<FlowIds>,
+    /// The endpoints whose listeners are served.
+    pub(super) endpoints: Mutex<HashMap<EndpointKey, Arc<Served>>>,
     /// Takes nothing new any more.
     pub(super) drain: CancellationToken,
     /// Everything ends now.
@@ -79,6 +86,12 @@ pub struct Plane {
 }
 
 impl Plane {
+    /// The endpoints whose listeners are served; never hold it across an await.
+    pub(super) fn served(&self) -> MutexGuard<'_, HashMap<EndpointKey, Arc<Served>>> {
+        // A panic under the lock leaves a whole map behind.
+        self.endpoints.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// What a connection made with this SVID now is authenticated with.
     pub(super) fn stamp(&self, svid: &Svid) -> Stamp {
         Stamp {

@@ -68,6 +68,11 @@ impl Served {
         })
     }
 
+    /// How many flows are open or being opened.
+    pub fn open_flows(&self) -> u32 {
+        self.flows.load(Ordering::Acquire)
+    }
+
     /// A place for an open flow, if fewer than `limit` are taken.
     pub fn flow(self: &Arc<Self>, limit: u32) -> Option<Place> {
         self.counted(&self.flows, limit, Kind::Flow)

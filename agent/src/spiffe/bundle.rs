@@ -94,6 +94,11 @@ impl Bundle {
         self.authorities.iter().map(|a| &a.der)
     }
 
+    /// Until when each root is valid.
+    pub fn expiries(&self) -> Vec<Timestamp> {
+        self.authorities().iter().map(|authority| authority.not_after).collect()
+    }
+
     pub(super) fn authorities(&self) -> &[Authority] {
         &self.authorities
     }

@@ -1,0 +1,393 @@
+//! The node agent put together: what starts in which order, what ends it, how it ends.
+
+mod events;
+mod picture;
+
+use std::{io, sync::Arc, time::Duration};
+
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, watch},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+use crate::{
+    admin::{
+        Admin, IssuerFacts,
+        socket::{AdminSocket, SocketError},
+    },
+    cluster::{
+        enrolment::{BoardError, FilesBoard},
+        files::{FilesError, FilesParams, FilesSource},
+        model::Ranges,
+    },
+    config::{AgentConfig, ConfigError, ConfigSources, Loaded, values::LogFormat},
+    endpoint::{
+        reconcile,
+        state::{NodeState, NodeStatePublisher},
+    },
+    flow,
+    kernel::{Counters, FlowSockets, KernelConfig, KernelError, Programs, features},
+    netns::NetnsOpener,
+    observer::Observer,
+    proxy::{DataPlane, DataPlaneConfig, Dependencies},
+    spiffe::{SpiffeIdError, TrustDomain},
+    svid::{
+        SvidManager, SvidParams,
+        issuer::{EmbeddedIssuer, RootFileError},
+    },
+    telemetry::logging::{self, LogError},
+    trust::Trust,
+};
+
+use self::{
+    events::{forward_events, record_closed},
+    picture::{Losses, Newest, Picture},
+};
+
+/// Threads of the control plane; the data plane has its own, one a core.
+const CONTROL_THREADS: usize = 2;
+
+/// How long flows may go on after SIGTERM.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// Kernel events on their way to records.
+const EVENTS: usize = 8192;
+
+/// Why the agent did not start, or ended.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DaemonError {
+    /// The kernel's side: this host cannot.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The cluster directory.
+    #[error(transparent)]
+    Files(#[from] FilesError),
+    /// The board of served pods.
+    #[error(transparent)]
+    Board(#[from] BoardError),
+    /// The authority's root.
+    #[error(transparent)]
+    Root(#[from] RootFileError),
+    /// The admin socket.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The log.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// The trust domain's name.
+    #[error("trustDomain: {value:?} is not a trust domain: {source}")]
+    TrustDomain {
+        /// As configured.
+        value: String,
+        /// What is wrong with it.
+        source: SpiffeIdError,
+    },
+    /// A key without which this form of the agent cannot run.
+    #[error("{key}: missing; {remedy}")]
+    Missing {
+        /// The key.
+        key: &'static str,
+        /// What to give.
+        remedy: &'static str,
+    },
+    /// Threads, runtimes, signals.
+    #[error("cannot start {what}: {source}")]
+    Start {
+        /// What.
+        what: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A part of the agent that must run has ended: the process ends and is started anew.
+    #[error("{part} has ended: {why}")]
+    Ended {
+        /// Which.
+        part: &'static str,
+        /// Why.
+        why: String,
+    },
+}
+
+/// What kind of failure it is, for the exit code.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fault {
+    /// Input that must be changed.
+    Input,
+    /// A host that cannot.
+    Host,
+    /// A bug.
+    Bug,
+}
+
+impl DaemonError {
+    /// What kind of failure it is.
+    pub fn fault(&self) -> Fault {
+        match self {
+            Self::Files(_)
+            | Self::Board(_)
+            | Self::Root(_)
+            | Self::Log(_)
+            | Self::TrustDomain { .. }
+            | Self::Missing { .. } => Fault::Input,
+            Self::Kernel(_) | Self::Socket(_) | Self::Start { .. } => Fault::Host,
+            Self::Ended { .. } => Fault::Bug,
+        }
+    }
+}
+
+/// Runs the node agent until SIGTERM or SIGINT, then drains.
+///
+/// # Errors
+/// The first thing that is wrong; what earlier agents left in the kernel stays as it was.
+pub fn run(loaded: Loaded, sources: ConfigSources) -> Result<(), DaemonError> {
+    let config = loaded.config;
+    logging::init(&config.log_level, log_format(&config))?;
+    let domain = TrustDomain::parse(&config.trust_domain).map_err(|source| {
+        DaemonError::TrustDomain { value: config.trust_domain.clone(), source }
+    })?;
+    let dir = config.cluster_dir.clone().ok_or(DaemonError::Missing {
+        key: "clusterDir",
+        remedy: "give --cluster-dir, a directory of manifests",
+    })?;
+
+    // Inputs first: nothing is loaded into the kernel for a cluster that cannot be read.
+    let params = FilesParams { ranges: ranges(&config), ..FilesParams::new(domain.clone()) };
+    let world = FilesSource::start(&dir, params)?;
+    let board = FilesBoard::open(&dir, &config.node)?;
+    let issuer = EmbeddedIssuer::open(&config.authority_dir(), &domain, config.svid_ttl)?;
+
+    // Before any socket is made: this may move the process into a cgroup of its own.
+    let (programs, maps) = Programs::load(&kernel_config(&config))?;
+
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(CONTROL_THREADS)
+        .thread_name("signet-control")
+        .enable_all()
+        .build()
+        .map_err(|source| DaemonError::Start { what: "the control plane's runtime", source })?;
+    let parts = Parts { config, sources, domain, dir, world, board, issuer, programs, maps };
+    runtime.block_on(serve(parts))
+}
+
+/// What was opened before the runtime.
+struct Parts {
+    config: AgentConfig,
+    sources: ConfigSources,
+    domain: TrustDomain,
+    dir: std::path::PathBuf,
+    world: tokio::sync::watch::Receiver<Arc<crate::cluster::model::World>>,
+    board: FilesBoard,
+    issuer: EmbeddedIssuer,
+    programs: Programs,
+    maps: crate::kernel::Maps,
+}
+
+async fn serve(parts: Parts) -> Result<(), DaemonError> {
+    let Parts { config, sources, domain, dir, world, mut board, issuer, programs, maps } = parts;
+    let started = jiff::Timestamp::now();
+    let start = |what| move |source| DaemonError::Start { what, source };
+    let mut terminate = signal(SignalKind::terminate()).map_err(start("the signal handler"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(start("the signal handler"))?;
+    let mut hangup = signal(SignalKind::hangup()).map_err(start("the signal handler"))?;
+
+    // The socket comes before anything that would take part in traffic: a second agent on
+    // the same run directory ends here.
+    let socket = AdminSocket::bind(&config.run_dir)?;
+
+    let (recorder, collector) = flow::start(flow::Limits::default());
+    let log = recorder.log();
+    let trust = Trust::new();
+    let bundle = issuer.bundle();
+    trust.set(domain.clone(), bundle.clone());
+    let svids = SvidManager::start(Arc::new(issuer), SvidParams::default());
+    let opener = NetnsOpener::start().map_err(start("the network namespaces' thread"))?;
+    let pins = programs.pins().to_owned();
+    let flow_sockets = Arc::new(FlowSockets::open(&pins)?);
+    let counters = Counters::open(&pins)?;
+    let any_errno = programs.features().has(features::Feature::SetRetval);
+    let (listeners, commands) = mpsc::unbounded_channel();
+    let (closed, closed_flows) = mpsc::unbounded_channel();
+    let (publisher, state) = NodeStatePublisher::new(NodeState::empty(
+        config.node.as_str().into(),
+        world.borrow().clone(),
+    ));
+    let plane = DataPlane::start(
+        data_plane_config(&config),
+        Dependencies {
+            state: state.clone(),
+            opener: opener.clone(),
+            flow_sockets,
+            svids: svids.clone(),
+            trust,
+            recorder: recorder.clone(),
+            commands,
+        },
+    )
+    .map_err(start("the data plane"))?;
+    let plane = Arc::new(plane);
+    let (report, kernel_report) = watch::channel(reconcile::KernelReport::default());
+    let (config_changes, live_config) = watch::channel(Arc::new(config.clone()));
+    let picture = Picture {
+        node: config.node.as_str().into(),
+        started,
+        location: dir.display().to_string().into(),
+        issuer: IssuerFacts {
+            trust_domain: domain.as_str().into(),
+            name: "embedded".into(),
+            roots: bundle.expiries(),
+        },
+        state: state.clone(),
+        world: world.clone(),
+        svids: svids.clone(),
+        counters,
+        plane: plane.clone(),
+        report: kernel_report,
+        config: live_config.clone(),
+        losses: Losses::new(recorder.clone()),
+        newest: Newest::new(started),
+    };
+    let counted = plane.clone();
+    let deps = reconcile::Deps {
+        world,
+        config: live_config,
+        programs,
+        maps,
+        opener,
+        svids: svids.clone(),
+        listeners,
+        announce: Box::new(move |served, revision| {
+            board
+                .announce(served, revision, jiff::Timestamp::now())
+                .map(drop)
+                .map_err(|error| error.to_string())
+        }),
+        open_flows: Arc::new(move |key| counted.open_flows_of(key)),
+        closed,
+        state: publisher,
+        report,
+    };
+
+    let stop = CancellationToken::new();
+    let (event_sender, event_receiver) = mpsc::channel(EVENTS);
+    let mut collector = tokio::spawn(collector.run());
+    let mut reading = tokio::spawn({
+        let pins = pins.clone();
+        async move { crate::kernel::events::run(&pins, event_sender).await }
+    });
+    let mut forwarding =
+        tokio::spawn(forward_events(event_receiver, state.clone(), recorder.clone(), any_errno));
+    let routes =
+        Routes::new(Admin::new(Arc::new(move || picture.take()), log.clone()).into_service())
+            .add_service(
+                Observer::new(log, config.node.as_str().into(), domain.as_str().into())
+                    .into_service(),
+            );
+    let ended = CancellationToken::new();
+    // The socket answers until the process ends, also while it drains.
+    let mut serving = tokio::spawn(socket.serve(routes, ended.clone().cancelled_owned()));
+    let mut recording = tokio::spawn(record_closed(closed_flows, state.clone(), recorder.clone()));
+    let mut reconciling = tokio::spawn(reconcile::run(deps, stop.clone()));
+    tracing::info!(node = %config.node, cluster_dir = %dir.display(), "agent started");
+
+    let mut applied = config;
+    let result = loop {
+        tokio::select! {
+            _ = terminate.recv() => break Ok(()),
+            _ = interrupt.recv() => break Ok(()),
+            Some(()) = hangup.recv() => {
+                match reload(&applied, &sources) {
+                    Ok(newer) => {
+                        plane.set_limits(newer.limits);
+                        config_changes.send_replace(Arc::new(newer.clone()));
+                        applied = newer;
+                    }
+                    Err(error) => tracing::error!(%error, "configuration not reloaded; the one in force stays"),
+                }
+            }
+            ended = &mut reconciling => break Err(ended_as("the reconciler", flatten(ended))),
+            ended = &mut serving => break Err(ended_as("the admin socket", flatten(ended))),
+            ended = &mut reading => break Err(ended_as("the reader of kernel events", flatten(ended))),
+            ended = &mut forwarding => break Err(ended_as("the recorder of kernel events", joined(ended))),
+            ended = &mut recording => break Err(ended_as("the recorder of closed flows", joined(ended))),
+            ended = &mut collector => break Err(ended_as("the flow log", joined(ended))),
+            () = svids.ended() => break Err(ended_as("the SVID manager", "its task is gone".into())),
+            why = plane.failed() => break Err(ended_as("the data plane", why)),
+        }
+    };
+    // Un-announced first: peers stop dialling. Whatever was enforced stays enforced:
+    // programs and maps are pinned, and listeners that are gone refuse.
+    stop.cancel();
+    if !reconciling.is_finished() {
+        let _ = tokio::time::timeout(DRAIN, &mut reconciling).await;
+    }
+    if result.is_ok() {
+        tracing::info!(within = ?DRAIN, "draining");
+        plane.drain(DRAIN).await;
+    }
+    ended.cancel();
+    if !serving.is_finished() {
+        let _ = tokio::time::timeout(DRAIN, &mut serving).await;
+    }
+    result
+}
+
+/// Reads the configuration again; only its live keys take effect.
+fn reload(applied: &AgentConfig, sources: &ConfigSources) -> Result<AgentConfig, ConfigError> {
+    let newer = sources.load()?.config;
+    for (key, apply) in applied.changes(&newer) {
+        tracing::info!(key = key.name, ?apply, "configuration changed");
+    }
+    Ok(applied.with_live_keys_of(&newer))
+}
+
+fn ended_as(part: &'static str, why: String) -> DaemonError {
+    DaemonError::Ended { part, why }
+}
+
+fn flatten<E: std::fmt::Display>(ended: Result<Result<(), E>, tokio::task::JoinError>) -> String {
+    match ended {
+        Ok(Ok(())) => "it returned".into(),
+        Ok(Err(error)) => error.to_string(),
+        Err(error) => error.to_string(),
+    }
+}
+
+fn joined(ended: Result<(), tokio::task::JoinError>) -> String {
+    ended.err().map_or_else(|| "it returned".into(), |error| error.to_string())
+}
+
+fn log_format(config: &AgentConfig) -> logging::Format {
+    match config.log_format {
+        LogFormat::Text => logging::Format::Text,
+        LogFormat::Json => logging::Format::Json,
+    }
+}
+
+fn ranges(config: &AgentConfig) -> Ranges {
+    Ranges {
+        pods: config.pod_ranges.clone(),
+        services: config.service_ranges.clone(),
+        outside: config.outside_ranges.clone(),
+    }
+}
+
+fn kernel_config(config: &AgentConfig) -> KernelConfig {
+    KernelConfig {
+        bpffs: config.bpffs.clone(),
+        instance: config.instance.clone(),
+        workloads: config.cgroup_root.clone().into(),
+        node: config.node_cgroup.clone().unwrap_or_else(|| "/".into()).into(),
+        mask_features: std::env::var(features::MASK_VARIABLE).ok(),
+    }
+}
+
+fn data_plane_config(config: &AgentConfig) -> DataPlaneConfig {
+    let mut plane = DataPlaneConfig::new(config.limits, config.strict_grace);
+    if let Some(cores) = config.cores {
+        plane.cores = cores.max(1);
+    }
+    plane
+}

@@ -1,0 +1,100 @@
+//! What the kernel's side decided, on its way into the flow log.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use signet_ebpf::abi::{Direction, Event, Reason, Verdict, proto};
+use tokio::sync::mpsc;
+use uuid::Uuid;
+
+use crate::{
+    endpoint::{
+        reconcile::ClosedFlows,
+        state::{NodeState, NodeStateHandle},
+    },
+    flow::{
+        FlowEvent, FlowRecord, KnownBy, Party, Recorder, Reporter, Via,
+        kernel_events::{ClockOffset, KernelEvents},
+    },
+};
+
+/// Events converted under one reading of clock and node state.
+const BATCH: usize = 256;
+
+/// Turns events into records until the reader is gone.
+pub(super) async fn forward_events(
+    mut events: mpsc::Receiver<Event>,
+    state: NodeStateHandle,
+    recorder: Recorder,
+    any_errno: bool,
+) {
+    let mut converter = KernelEvents::new(any_errno);
+    let mut batch = Vec::with_capacity(BATCH);
+    while events.recv_many(&mut batch, BATCH).await > 0 {
+        let (clock, state) = (ClockOffset::now(), state.current());
+        for event in batch.drain(..) {
+            if let Some(record) = converter.convert(&event, &state, clock) {
+                recorder.record_from_kernel(record);
+            }
+        }
+    }
+}
+
+/// Records the direct flows that the reconciler closed, until it is gone.
+pub(super) async fn record_closed(
+    mut closed: mpsc::UnboundedReceiver<ClosedFlows>,
+    state: NodeStateHandle,
+    recorder: Recorder,
+) {
+    while let Some(closed) = closed.recv().await {
+        for record in end_records(&closed, &state.current(), Timestamp::now()) {
+            recorder.record_from_kernel(record);
+        }
+    }
+}
+
+/// The `end` records of flows that were closed from the kernel's side: the right that they
+/// had is withdrawn, and `cause` says what a new one would meet.
+fn end_records(closed: &ClosedFlows, state: &NodeState, now: Timestamp) -> Vec<FlowRecord> {
+    let endpoint = state.endpoints.get(&closed.key.netns).filter(|e| e.key == closed.key);
+    let record = |flow: &crate::endpoint::rejudge::Closed| {
+        let mut own = Party::unknown(flow.local);
+        if let Some(endpoint) = endpoint {
+            let name = &endpoint.pod.name;
+            own.pod = Some((name.namespace.clone(), name.name.clone()));
+            own.service_account = Some(endpoint.pod.service_account.clone());
+            own.identity = Some(endpoint.identity.clone());
+            own.known_by = KnownBy::Kernel;
+        }
+        let mut other = Party::unknown(flow.remote);
+        let peer = state.world.pods_by_ip.get(&other.ip).and_then(|uid| state.world.pods.get(uid));
+        if let Some(peer) = peer {
+            other.pod = Some((peer.name.namespace.clone(), peer.name.name.clone()));
+            other.service_account = Some(peer.service_account.clone());
+            other.known_by = KnownBy::Address;
+        }
+        let (direction, reporter, source, destination) = if flow.ingress {
+            (Direction::Ingress, Reporter::Destination, other, own)
+        } else {
+            (Direction::Egress, Reporter::Source, own, other)
+        };
+        FlowRecord {
+            time: now,
+            event: FlowEvent::End { sent: 0, received: 0, duration: Duration::ZERO },
+            uuid: Uuid::new_v4(),
+            node: state.node.clone(),
+            reporter,
+            direction,
+            protocol: proto::TCP,
+            via: Via::Plaintext,
+            verdict: Verdict::Dropped,
+            reason: Reason::RightWithdrawn,
+            policy: None,
+            revision: closed.revision,
+            extra: vec![("cause", crate::telemetry::reason::name(flow.reason).to_owned())],
+            source,
+            destination,
+        }
+    };
+    closed.flows.iter().map(record).collect()
+}

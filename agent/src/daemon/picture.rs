@@ -1,0 +1,173 @@
+//! What the agent says of itself: the inputs of `signet status` and `signet endpoints`,
+//! taken at one moment.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use jiff::Timestamp;
+use signet_ebpf::abi::counter;
+use tokio::sync::watch;
+
+use crate::{
+    admin::{
+        DropCount, EnforcementState, IssuerFacts, KernelFacts, StatusInputs, SvidFacts, SvidState,
+    },
+    cluster::model::{Problem, World},
+    config::{AgentConfig, values::Enforcement},
+    endpoint::{reconcile::KernelReport, state::NodeStateHandle},
+    flow::{LostCause, Recorder},
+    kernel::Counters,
+    proxy::DataPlaneHandle,
+    svid::{SvidHandle, SvidStatus},
+};
+
+/// Takes the picture of a moment.
+pub(super) struct Picture {
+    pub(super) node: Arc<str>,
+    pub(super) started: Timestamp,
+    pub(super) location: Arc<str>,
+    pub(super) issuer: IssuerFacts,
+    pub(super) state: NodeStateHandle,
+    pub(super) world: watch::Receiver<Arc<World>>,
+    pub(super) svids: SvidHandle,
+    pub(super) counters: Counters,
+    pub(super) plane: Arc<DataPlaneHandle>,
+    pub(super) report: watch::Receiver<KernelReport>,
+    pub(super) config: watch::Receiver<Arc<AgentConfig>>,
+    pub(super) losses: Losses,
+    pub(super) newest: Newest,
+}
+
+impl Picture {
+    /// The picture of this moment.
+    pub(super) fn take(&self) -> StatusInputs {
+        let state = self.state.current();
+        let report = self.report.borrow().clone();
+        let mut problems = report.problems;
+        let drops = match self.counters.drops() {
+            Ok(drops) => drops.into_iter().map(|(key, count)| DropCount { key, count }).collect(),
+            Err(error) => {
+                problems
+                    .push(Problem { subject: "drop counters".into(), message: error.to_string() });
+                Vec::new()
+            }
+        };
+        self.losses.tell(&self.counters);
+        let (wanted_revision, wanted_since) = self.newest.of(self.world.borrow().revision);
+        StatusInputs {
+            node: self.node.clone(),
+            started: self.started,
+            // Before the first turn the state is the empty one, of revision 0.
+            state: (state.revision > 0).then_some(state),
+            wanted_revision,
+            wanted_since,
+            source: "files".into(),
+            location: self.location.clone(),
+            kernel: KernelFacts {
+                release: rustix::system::uname().release().to_string_lossy().into_owned(),
+                programs: report.programs,
+                cgroup: report.workloads,
+                pins: report.pins,
+                probe_cgroups: report.probe_cgroups,
+                fallbacks: report.missing_features,
+                enforcement: match self.config.borrow().enforcement {
+                    Enforcement::Enforce => EnforcementState::Enforce,
+                    Enforcement::Audit => EnforcementState::Audit,
+                    Enforcement::Off => EnforcementState::Off,
+                },
+            },
+            issuer: self.issuer.clone(),
+            svids: self.svids.status().into_iter().map(svid_facts).collect(),
+            drops,
+            problems,
+            counters: self.counters(),
+        }
+    }
+
+    fn counters(&self) -> Vec<(String, u64)> {
+        const KERNEL: [(&str, u32); 7] = [
+            ("kernel_redirected", counter::REDIRECTED),
+            ("kernel_unknown_refused", counter::UNKNOWN_REFUSED),
+            ("kernel_unknown_passed", counter::UNKNOWN_PASSED),
+            ("kernel_map_full{map=\"ORIGINALS\"}", counter::ORIGINALS_FULL),
+            ("kernel_map_full{map=\"CLIENTS\"}", counter::CLIENTS_FULL),
+            ("kernel_map_full{map=\"UDP_FLOWS\"}", counter::UDP_FULL),
+            ("kernel_map_full{map=\"ATTESTED\"}", counter::ATTESTED_FULL),
+        ];
+        let stats = self.plane.stats();
+        let mut all: Vec<(String, u64)> = KERNEL
+            .into_iter()
+            .filter_map(|(name, index)| Some((name.to_owned(), self.counters.get(index).ok()?)))
+            .collect();
+        let plane = [
+            ("open_flows", stats.open_flows as u64),
+            ("tasks", stats.tasks as u64),
+            ("pooled_connections", stats.pooled_connections as u64),
+            ("handshakes{role=\"client\"}", stats.dialled),
+            ("handshakes{role=\"server\"}", stats.accepted),
+            ("flows_forwarded", stats.forwarded),
+            ("flows_refused", stats.refused),
+            ("flows_abandoned", stats.abandoned),
+            ("flows_unattributed", stats.unattributed),
+        ];
+        all.extend(plane.map(|(name, value)| (name.to_owned(), value)));
+        for (kind, value) in stats.failures {
+            all.push((format!("tunnel_failures{{kind=\"{kind}\"}}"), value));
+        }
+        all
+    }
+}
+
+fn svid_facts(status: SvidStatus) -> SvidFacts {
+    SvidFacts {
+        id: status.id,
+        state: match status.validity {
+            Some((not_before, not_after)) => SvidState::Issued { not_before, not_after },
+            None => SvidState::Missing,
+        },
+        next_attempt: Some(status.next_request),
+        error: status.last_error,
+    }
+}
+
+/// The newest revision that was asked about, and since when.
+pub(super) struct Newest(Mutex<(u64, Timestamp)>);
+
+impl Newest {
+    pub(super) fn new(started: Timestamp) -> Self {
+        Self(Mutex::new((0, started)))
+    }
+
+    fn of(&self, revision: u64) -> (u64, Timestamp) {
+        let mut newest = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if newest.0 != revision {
+            *newest = (revision, Timestamp::now());
+        }
+        *newest
+    }
+}
+
+/// Tells the flow log what the kernel lost since it was told last.
+pub(super) struct Losses {
+    recorder: Recorder,
+    told: Mutex<[u64; 2]>,
+}
+
+impl Losses {
+    pub(super) fn new(recorder: Recorder) -> Self {
+        Self { recorder, told: Mutex::default() }
+    }
+
+    fn tell(&self, counters: &Counters) {
+        const CAUSES: [(LostCause, u32); 2] = [
+            (LostCause::KernelRing, counter::EVENTS_LOST),
+            (LostCause::KernelRate, counter::EVENTS_LIMITED),
+        ];
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        for (told, (cause, index)) in told.iter_mut().zip(CAUSES) {
+            if let Ok(now) = counters.get(index) {
+                self.recorder.count_lost(cause, now.saturating_sub(*told));
+                *told = now;
+            }
+        }
+    }
+}
