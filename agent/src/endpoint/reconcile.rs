@@ -56,7 +56,8 @@ const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
 
 /// Announces served pods (uid → `namespace/name`) at a revision; the error is for people.
-pub type Announce = Box<dyn FnMut(&BTreeMap<PodUid, Arc<str>>, u64) -> Result<(), String> + Send>;
+pub type Announce =
+    Box<dyn FnMut(&BTreeMap<PodUid, Arc<str>>, u64) -> Result<(), String> + Send + Sync>;
 
 /// How many flows the data plane has open for an endpoint.
 pub type OpenFlows = Arc<dyn Fn(&EndpointKey) -> usize + Send + Sync>;
