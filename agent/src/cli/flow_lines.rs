@@ -282,95 +282,20 @@ fn pair_value(value: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::Arc, time::Duration};
+    use std::sync::Arc;
 
-    use signet_ebpf::abi::{Reason, Verdict};
     use uuid::Uuid;
 
     use super::*;
     use crate::{
         cli::table::Table,
-        flow::{KnownBy, Reporter, Via},
+        flow::{
+            KnownBy,
+            example::{allowed, denied, ended, refused},
+        },
         observer::{decode, encode},
-        policy::model::PolicyName,
         spiffe::SpiffeId,
     };
-
-    fn party(pod: &str, account: &str, known_by: KnownBy, address: &str) -> Party {
-        let address: std::net::SocketAddr = address.parse().unwrap();
-        let (namespace, name) = pod.split_once('/').unwrap();
-        let id = format!("spiffe://cluster.local/ns/{namespace}/sa/{account}");
-        Party {
-            pod: Some((namespace.into(), name.into())),
-            service_account: Some(account.into()),
-            identity: Some(SpiffeId::parse(&id).unwrap()),
-            known_by,
-            ..Party::unknown(address)
-        }
-    }
-
-    fn allowed() -> FlowRecord {
-        FlowRecord {
-            time: "2026-08-06T10:12:04.318Z".parse().unwrap(),
-            event: FlowEvent::Verdict,
-            uuid: Uuid::from_u128(7),
-            node: "node-2".into(),
-            reporter: Reporter::Destination,
-            direction: Direction::Ingress,
-            protocol: 6,
-            via: Via::Mtls,
-            verdict: Verdict::Forwarded,
-            reason: Reason::Allowed,
-            policy: Some(PolicyName {
-                kind: "IdentityPolicy".into(),
-                namespace: "shop".into(),
-                name: "payments-callers".into(),
-            }),
-            revision: 118,
-            extra: vec![],
-            source: party("shop/frontend-7d9c", "frontend", KnownBy::Mtls, "10.0.1.5:41872"),
-            destination: Party {
-                service: Some("shop/payments".into()),
-                ..party("shop/payments-5b7f", "payments", KnownBy::Kernel, "10.0.2.7:8080")
-            },
-        }
-    }
-
-    fn denied() -> FlowRecord {
-        FlowRecord {
-            time: "2026-08-06T10:12:05.002Z".parse().unwrap(),
-            verdict: Verdict::Dropped,
-            reason: Reason::PolicyNoMatch,
-            source: party("shop/intruder-x2", "intruder", KnownBy::Mtls, "10.0.1.9:51544"),
-            ..allowed()
-        }
-    }
-
-    fn refused() -> FlowRecord {
-        FlowRecord {
-            time: "2026-08-06T10:12:06.777Z".parse().unwrap(),
-            via: Via::Plaintext,
-            verdict: Verdict::Dropped,
-            reason: Reason::PlaintextRefused,
-            policy: None,
-            extra: vec![("mode", "strict".into())],
-            source: Party::unknown("10.9.0.7:39990".parse().unwrap()),
-            ..allowed()
-        }
-    }
-
-    fn ended() -> FlowRecord {
-        FlowRecord {
-            time: "2026-08-06T10:12:09.120Z".parse().unwrap(),
-            event: FlowEvent::End {
-                sent: 1204,
-                received: 340,
-                duration: Duration::from_millis(4802),
-            },
-            policy: None,
-            ..allowed()
-        }
-    }
 
     /// As the command line gets it: through the wire's messages.
     fn seen(record: &FlowRecord) -> SeenFlow {

@@ -237,3 +237,183 @@ fn known_by_address(address: SocketAddr, state: &NodeState, number: Option<u32>)
     }
     party
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::HashMap, sync::Arc};
+
+    use super::*;
+    use crate::{
+        cluster::model::{ObjectName, World},
+        flow::example::{at, endpoint, identity, pod},
+        policy::model::{Action, Policy, PolicyName, Selector},
+        spiffe::TrustDomain,
+    };
+
+    const NETNS: u64 = 77;
+
+    /// node-2 with shop/payments-5b7f (10.0.2.7), and shop/frontend-7d9c (10.0.1.5) elsewhere.
+    fn state() -> NodeState {
+        let mut world = World::empty(TrustDomain::parse("cluster.local").unwrap());
+        let frontend = pod("shop/frontend-7d9c", Mode::Strict);
+        world.pods_by_ip.insert("10.0.1.5".parse().unwrap(), frontend.uid.clone());
+        world.pods.insert(frontend.uid.clone(), frontend);
+        let service = ObjectName { namespace: "shop".into(), name: "catalog".into() };
+        world.services_by_ip.insert("10.96.0.7".parse().unwrap(), service);
+        let payments = endpoint(&pod("shop/payments-5b7f", Mode::Strict), NETNS, "10.0.2.7");
+        let policy = Policy {
+            name: PolicyName {
+                kind: "IdentityPolicy".into(),
+                namespace: "shop".into(),
+                name: "no-ping".into(),
+            },
+            selector: Selector { namespace: None, labels: Default::default() },
+            action: Action::Deny,
+            ingress: vec![],
+            egress: vec![],
+            governs_ingress: true,
+            governs_egress: false,
+            unsupported: vec![],
+        };
+        NodeState {
+            endpoints: HashMap::from([(NETNS, payments)]),
+            identities: Arc::new(HashMap::from([(300, identity("shop", "frontend"))])),
+            policies: Arc::new(HashMap::from([(4, Arc::new(policy))])),
+            ..NodeState::empty("node-2".into(), Arc::new(world))
+        }
+    }
+
+    fn ip(s: &str) -> Ip {
+        Ip::from_std(s.parse().unwrap())
+    }
+
+    /// Plaintext from the frontend's address, refused at the lookup.
+    fn event() -> Event {
+        Event {
+            time: 5_000_000_000,
+            netns: NETNS,
+            cgroup: NETNS + 1000,
+            revision: 118,
+            local: ip("10.0.2.7"),
+            remote: ip("10.0.1.5"),
+            policy: 0,
+            remote_identity: 300,
+            local_port: 8080,
+            remote_port: 40_000,
+            reason: Reason::PlaintextRefused as u16,
+            verdict: Verdict::Dropped as u8,
+            direction: Direction::Ingress as u8,
+            protocol: 6,
+            mode: Mode::Strict as u8,
+            hook: hook::LOOKUP,
+            pad: [0; 5],
+        }
+    }
+
+    fn convert(event: &Event) -> Option<FlowRecord> {
+        KernelEvents::new(true).convert(event, &state(), ClockOffset::from_origin(at(0)))
+    }
+
+    #[test]
+    fn an_inbound_event_names_both_sides() {
+        let record = convert(&event()).unwrap();
+        assert_eq!(record.time, at(5000));
+        assert_eq!(record.reporter, Reporter::Destination);
+        assert_eq!((record.via, record.reason), (Via::Plaintext, Reason::PlaintextRefused));
+        assert_eq!(&*record.node, "node-2");
+        assert_eq!(record.extra, [("mode", "strict".to_owned())]);
+        let names = |p: &Party| p.pod.as_ref().map(|(ns, n)| format!("{ns}/{n}"));
+        assert_eq!(names(&record.source).as_deref(), Some("shop/frontend-7d9c"));
+        assert_eq!(record.source.known_by, KnownBy::Address);
+        assert_eq!(record.source.identity, Some(identity("shop", "frontend")));
+        assert_eq!(names(&record.destination).as_deref(), Some("shop/payments-5b7f"));
+        assert_eq!(record.destination.known_by, KnownBy::Kernel);
+        assert_eq!(record.destination.port, 8080);
+    }
+
+    #[test]
+    fn an_outbound_refusal_carries_errno_policy_and_the_pods_address() {
+        let connect = Event {
+            hook: hook::CONNECT,
+            direction: Direction::Egress as u8,
+            local: Ip::UNSPECIFIED,
+            local_port: 0,
+            remote: ip("10.96.0.7"),
+            remote_port: 80,
+            remote_identity: 0,
+            reason: Reason::PolicyDeny as u16,
+            policy: 4,
+            ..event()
+        };
+        let record = convert(&connect).unwrap();
+        assert_eq!(record.reporter, Reporter::Source);
+        assert_eq!(record.source.ip, "10.0.2.7".parse::<IpAddr>().unwrap());
+        assert_eq!(record.policy.unwrap().name.as_ref(), "no-ping");
+        assert_eq!(record.destination.service.as_deref(), Some("shop/catalog"));
+        assert_eq!(record.destination.known_by, KnownBy::Unknown);
+        assert_eq!(record.extra[1], ("errno", "EPERM".to_owned()));
+
+        let unreachable = Event { reason: Reason::PeerUnreachable as u16, ..connect };
+        assert_eq!(convert(&unreachable).unwrap().extra[1].1, "ECONNREFUSED");
+        // Without bpf_set_retval there is only one errno.
+        let mut old = KernelEvents::new(false);
+        let record = old.convert(&unreachable, &state(), ClockOffset::from_origin(at(0))).unwrap();
+        assert_eq!(record.extra[1].1, "EPERM");
+    }
+
+    #[test]
+    fn a_namespace_made_inside_a_pod_is_that_pods_doing() {
+        let nested = Event { netns: 4711, ..event() };
+        let destination = convert(&nested).unwrap().destination;
+        assert_eq!(destination.pod.unwrap().1.as_ref(), "payments-5b7f");
+        let stranger = Event { netns: 4711, cgroup: 1, ..event() };
+        let destination = convert(&stranger).unwrap().destination;
+        assert_eq!((destination.pod, destination.known_by), (None, KnownBy::Unknown));
+    }
+
+    #[test]
+    fn a_repeated_syn_is_one_record_and_another_port_is_not() {
+        let mut events = KernelEvents::new(true);
+        let (state, clock) = (state(), ClockOffset::from_origin(at(0)));
+        let mut at_ms = |ms: u64, event: Event| {
+            let event = Event { time: 60_000_000_000 + ms * 1_000_000, ..event };
+            events.convert(&event, &state, clock).is_some()
+        };
+        assert!(at_ms(0, event()));
+        assert!(!at_ms(1000, event()));
+        assert!(!at_ms(3000, event()), "two seconds after the last");
+        assert!(at_ms(3001, Event { remote_port: 40_001, ..event() }));
+        assert!(at_ms(3002, Event { reason: Reason::PolicyDeny as u16, ..event() }));
+        assert!(at_ms(20_000, event()), "much later it is another attempt");
+        // Each connect is an attempt of its own.
+        let connect = Event { hook: hook::CONNECT, local_port: 0, ..event() };
+        assert!(at_ms(20_001, connect) && at_ms(20_002, connect));
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded() {
+        let mut events = KernelEvents::new(true);
+        let (state, clock) = (state(), ClockOffset::from_origin(at(0)));
+        for n in 0..3 * REMEMBERED as u32 {
+            let event = Event { remote: Ip([0, 0, 1, n]), ..event() };
+            assert!(events.convert(&event, &state, clock).is_some());
+        }
+        assert!(events.recent.len() <= REMEMBERED && events.earlier.len() <= REMEMBERED);
+    }
+
+    #[test]
+    fn numbers_that_nobody_writes_make_no_record() {
+        assert!(convert(&event()).is_some());
+        assert!(convert(&Event { reason: 4000, ..event() }).is_none());
+        assert!(convert(&Event { verdict: 9, ..event() }).is_none());
+    }
+
+    #[test]
+    fn the_clock_offset_leads_to_now() {
+        let t = clock_gettime(ClockId::Monotonic);
+        let monotonic = t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64;
+        let wall = ClockOffset::now().wall(monotonic);
+        let error = wall.duration_since(Timestamp::now()).abs();
+        assert!(error < SignedDuration::from_secs(1), "{error:?}");
+    }
+}

@@ -156,3 +156,79 @@ impl Reporters {
         self.source == 1 && self.destination == 1
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flow::example::{allowed, as_source, denied, ended, refused};
+
+    #[test]
+    fn both_ends_of_a_flow_are_one_line_the_destinations() {
+        let both = vec![as_source(&allowed()), allowed()];
+        assert_eq!(merge(both), [allowed()]);
+        let both = vec![denied(), as_source(&denied())];
+        assert_eq!(merge(both), [denied()]);
+        // Ends join ends, not verdicts.
+        let four = vec![ended(), as_source(&allowed()), allowed(), as_source(&ended())];
+        assert_eq!(merge(four), [allowed(), ended()]);
+    }
+
+    #[test]
+    fn what_only_one_end_saw_stays() {
+        assert_eq!(merge(vec![as_source(&denied())]), [as_source(&denied())]);
+        assert_eq!(merge(vec![refused()]), [refused()]);
+    }
+
+    #[test]
+    fn a_uuid_alone_joins_nothing() {
+        // Another pod that uses the uuid of somebody else's flow.
+        let mut forged = as_source(&allowed());
+        forged.source = denied().source;
+        assert_eq!(merge(vec![forged.clone(), allowed()]).len(), 2);
+        let mut other_port = as_source(&allowed());
+        other_port.destination.port += 1;
+        assert_eq!(merge(vec![other_port, allowed()]).len(), 2);
+        // The control is `both_ends_of_a_flow_are_one_line_the_destinations`.
+    }
+
+    #[test]
+    fn a_second_record_of_one_reporter_shows_all() {
+        let three = vec![as_source(&allowed()), as_source(&allowed()), allowed()];
+        assert_eq!(merge(three).len(), 3);
+        let mut elsewhere = allowed();
+        elsewhere.node = "node-3".into();
+        assert_eq!(merge(vec![as_source(&allowed()), allowed(), elsewhere]).len(), 3);
+    }
+
+    #[test]
+    fn a_stream_waits_for_the_destination_and_not_for_ever() {
+        let start = Instant::now();
+        let later = |ms| start + Duration::from_millis(ms);
+        let mut stream = StreamMerger::default();
+        // Source first.
+        assert!(stream.push(as_source(&allowed()), start).is_empty());
+        assert_eq!(stream.push(allowed(), later(100)), [allowed()]);
+        assert!(stream.expire(later(10_000)).is_empty());
+        // Destination first.
+        assert_eq!(stream.push(denied(), start), [denied()]);
+        assert!(stream.push(as_source(&denied()), later(50)).is_empty());
+        assert_eq!(stream.next_expiry(), None);
+        // Source only.
+        assert!(stream.push(as_source(&denied()), start).is_empty());
+        assert_eq!(stream.next_expiry(), Some(start + PATIENCE));
+        assert!(stream.expire(later(499)).is_empty());
+        assert_eq!(stream.expire(later(500)), [as_source(&denied())]);
+        // At the end of the stream.
+        assert!(stream.push(as_source(&denied()), start).is_empty());
+        assert_eq!(stream.finish(), [as_source(&denied())]);
+    }
+
+    #[test]
+    fn a_stream_shows_every_record_of_a_reporter_that_repeats_itself() {
+        let now = Instant::now();
+        let mut stream = StreamMerger::default();
+        assert!(stream.push(as_source(&allowed()), now).is_empty());
+        assert_eq!(stream.push(as_source(&allowed()), now), [as_source(&allowed())]);
+        assert_eq!(stream.finish(), [as_source(&allowed())]);
+    }
+}

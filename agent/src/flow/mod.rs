@@ -3,6 +3,8 @@
 //! Whoever decides a flow hands a [`record::FlowRecord`] to a [`Recorder`]; the
 //! [`Collector`] moves it into the ring, from which a [`FlowLog`] answers.
 
+#[cfg(test)]
+pub(crate) mod example;
 pub mod kernel_events;
 pub mod merge;
 pub mod record;

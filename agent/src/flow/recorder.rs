@@ -463,3 +463,152 @@ impl FollowerEntry {
         !self.queue.is_closed()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flow::example::{allowed, as_source, denied, ended, refused};
+
+    const SMALL: Limits = Limits { flows: 100, drops: 100, queue: 64, followers: 2 };
+
+    fn everything() -> Matches {
+        Arc::new(|_| true)
+    }
+
+    fn lost(totals: &Totals, cause: LostCause) -> u64 {
+        totals.lost.iter().find(|(c, _)| *c == cause).map_or(0, |(_, n)| *n)
+    }
+
+    #[tokio::test]
+    async fn what_is_recorded_is_found() {
+        let (recorder, collector) = start(SMALL);
+        let log = recorder.log();
+        recorder.record(allowed());
+        recorder.record(denied());
+        recorder.record_from_kernel(refused());
+        recorder.record(ended());
+        drop(recorder);
+        collector.run().await;
+        let found: Vec<_> = log.recent(&everything()).iter().map(|r| (**r).clone()).collect();
+        assert_eq!(found, [allowed(), denied(), refused(), ended()]);
+        let totals = log.totals();
+        // An end is no verdict of its own.
+        assert_eq!((totals.forwarded, totals.dropped, totals.kernel_dropped), (1, 1, 1));
+        assert_eq!(
+            totals.drops_by_reason,
+            [(Reason::PolicyNoMatch, 1), (Reason::PlaintextRefused, 1)]
+        );
+        assert_eq!((totals.held, totals.seen, totals.lost_in_all()), (4, 4, 0));
+    }
+
+    /// The collector does not run at all: the worst that a data plane can do to it.
+    #[tokio::test]
+    async fn a_flood_costs_other_pods_nothing_and_every_loss_is_counted() {
+        let (recorder, collector) = start(SMALL);
+        let log = recorder.log();
+        for _ in 0..1000 {
+            recorder.record(allowed());
+            recorder.record(denied());
+        }
+        // Another pod's only denial, as its own node reports it.
+        recorder.record(as_source(&denied()));
+        drop(recorder);
+        collector.run().await;
+        let found = log.recent(&everything());
+        let of_intruder = found.iter().filter(|r| r.node.as_ref() == "node-1").count();
+        assert_eq!(of_intruder, 1);
+        let totals = log.totals();
+        assert_eq!(found.len() as u64 + totals.lost_in_all(), 2001);
+        assert_eq!(lost(&totals, LostCause::PodShare), totals.lost_in_all());
+        assert_eq!((totals.forwarded, totals.dropped), (1000, 1001), "counts are never lossy");
+        // Places in the queue are given back.
+        assert!(log.shared.slots.iter().all(|n| n.load(Ordering::Relaxed) == 0));
+    }
+
+    #[tokio::test]
+    async fn the_last_quarter_of_the_queue_is_for_drops() {
+        let (recorder, _collector) = start(SMALL);
+        // Sixteen pods, eight records each: more than the queue holds.
+        for n in 0..16 {
+            let mut record = allowed();
+            record.destination.pod = Some(("shop".into(), format!("p-{n}").into()));
+            (0..8).for_each(|_| recorder.record(record.clone()));
+        }
+        let before = lost(&recorder.log().totals(), LostCause::Queue);
+        assert!(before > 0, "the queue was never full");
+        recorder.record(denied());
+        assert_eq!(lost(&recorder.log().totals(), LostCause::Queue), before);
+        recorder.record(allowed());
+        assert!(recorder.log().totals().lost_in_all() > before, "control: no room for the rest");
+    }
+
+    #[tokio::test]
+    async fn a_follower_gets_each_later_record_once() {
+        let (recorder, collector) = start(SMALL);
+        let log = recorder.log();
+        let collecting = tokio::spawn(collector.run());
+        recorder.record(allowed());
+        while log.totals().seen < 1 {
+            tokio::task::yield_now().await;
+        }
+        let drops: Matches = Arc::new(|r| r.verdict == Verdict::Dropped);
+        let (past, mut follower) = log.follow(drops.clone()).unwrap();
+        assert!(past.is_empty(), "the allowed flow does not match");
+        recorder.record(denied());
+        recorder.record(allowed());
+        recorder.record(refused());
+        assert_eq!(follower.next().await, Some(Followed::Record(Arc::new(denied()))));
+        assert_eq!(follower.next().await, Some(Followed::Record(Arc::new(refused()))));
+        assert_eq!(log.follow(everything()).unwrap().0.len(), 4, "the past is there");
+        // Two at most; the one above is gone again.
+        let _second = log.follow(drops.clone()).unwrap();
+        assert!(log.follow(drops.clone()).is_none());
+        drop(follower);
+        assert!(log.follow(drops).is_some());
+        drop(recorder);
+        collecting.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_slow_follower_is_told_how_much_it_lost() {
+        let (recorder, collector) = start(Limits::default());
+        let (_, mut follower) = recorder.log().follow(everything()).unwrap();
+        let collecting = tokio::spawn(collector.run());
+        for n in 0..FOLLOWER_QUEUE as u64 + 500 {
+            recorder.record(allowed());
+            while recorder.log().totals().seen <= n {
+                tokio::task::yield_now().await;
+            }
+        }
+        assert_eq!(follower.next().await, Some(Followed::Lost(500)));
+        drop(recorder);
+        collecting.await.unwrap();
+        let mut rest = 0;
+        while let Some(followed) = follower.next().await {
+            assert!(matches!(followed, Followed::Record(_)));
+            rest += 1;
+        }
+        assert_eq!(rest, FOLLOWER_QUEUE);
+    }
+
+    #[test]
+    fn losses_are_remembered_with_their_time() {
+        let lost: [AtomicU64; LostCause::ALL.len()] = Default::default();
+        let at = |s| Timestamp::from_second(s).unwrap();
+        let mut losses = Losses::default();
+        losses.sample(at(1000), &lost);
+        assert!(losses.since(at(0)).is_empty());
+        lost[LostCause::KernelRing as usize].store(5, Ordering::Relaxed);
+        losses.sample(at(1001), &lost);
+        lost[LostCause::KernelRing as usize].store(12, Ordering::Relaxed);
+        losses.sample(at(2000), &lost);
+        assert_eq!(losses.since(at(0)), [(LostCause::KernelRing, 12)]);
+        assert_eq!(losses.since(at(1500)), [(LostCause::KernelRing, 7)]);
+        assert!(losses.since(at(3000)).is_empty());
+        for n in 0..10_000 {
+            lost[LostCause::Queue as usize].fetch_add(1, Ordering::Relaxed);
+            losses.sample(at(3000 + n * 10), &lost);
+        }
+        assert_eq!(losses.steps.len(), Losses::STEPS);
+    }
+}

@@ -182,3 +182,102 @@ impl Share {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::flow::{
+        example::{allowed, at, denied, party},
+        record::KnownBy,
+    };
+
+    /// A drop that `pod` reports, of a client on `client`.
+    fn drop_of(pod: &str, client: &str, ms: i64) -> Arc<FlowRecord> {
+        Arc::new(FlowRecord {
+            time: at(ms),
+            source: Party::unknown(format!("{client}:4000").parse().unwrap()),
+            destination: party(pod, KnownBy::Kernel, "10.0.2.7:8080"),
+            ..denied()
+        })
+    }
+
+    fn is_held(ring: &Ring, record: &Arc<FlowRecord>) -> bool {
+        ring.snapshot().iter().any(|held| Arc::ptr_eq(held, record))
+    }
+
+    #[test]
+    fn one_drop_of_b_outlives_a_flood_of_a() {
+        let mut ring = Ring::new(50, 50);
+        let of_b = drop_of("shop/b-1", "10.0.0.9", 0);
+        ring.push(of_b.clone());
+        for ms in 1..10_000 {
+            ring.push(drop_of("shop/a-1", "10.0.0.8", ms));
+        }
+        assert!(is_held(&ring, &of_b));
+        assert_eq!((ring.len(), ring.seen()), (50, 10_000));
+        // The control: the flood displaces its own.
+        let first_of_a = ring.snapshot().into_iter().find(|r| r.time > of_b.time);
+        assert_eq!(first_of_a.map(|r| r.time), Some(at(9_951)));
+    }
+
+    #[test]
+    fn one_clients_drop_outlives_a_flood_of_another_at_the_same_pod() {
+        let mut ring = Ring::new(0, 50);
+        let lone = drop_of("shop/b-1", "10.0.0.9", 0);
+        ring.push(lone.clone());
+        for ms in 1..10_000 {
+            ring.push(drop_of("shop/b-1", "10.0.0.8", ms));
+        }
+        assert!(is_held(&ring, &lone));
+        assert_eq!(ring.len(), 50);
+    }
+
+    #[test]
+    fn drops_have_room_of_their_own() {
+        let mut ring = Ring::new(10, 10);
+        let drop = drop_of("shop/payments-5b7f", "10.0.0.9", 0);
+        ring.push(drop.clone());
+        for ms in 1..1000 {
+            ring.push(Arc::new(FlowRecord { time: at(ms), ..allowed() }));
+        }
+        assert!(is_held(&ring, &drop));
+        assert_eq!(ring.len(), 11);
+    }
+
+    proptest! {
+        /// Never above capacity; in order; nobody holds less than an equal share while
+        /// another holds more than one above it.
+        #[test]
+        fn memory_is_bounded_and_fair(
+            capacity in 1usize..40,
+            pushes in prop::collection::vec((0u8..6, 0u8..4), 0..300),
+        ) {
+            let mut ring = Ring::new(0, capacity);
+            let mut pushed = std::collections::HashMap::<u8, usize>::new();
+            for (ms, (pod, client)) in pushes.iter().enumerate() {
+                let pod_name = format!("shop/p{pod}-1");
+                ring.push(drop_of(&pod_name, &format!("10.0.0.{client}"), ms as i64));
+                *pushed.entry(*pod).or_default() += 1;
+                prop_assert!(ring.len() <= capacity);
+            }
+            prop_assert_eq!(ring.len(), pushes.len().min(capacity));
+            prop_assert_eq!(ring.seen(), pushes.len() as u64);
+            let snapshot = ring.snapshot();
+            prop_assert!(snapshot.is_sorted_by_key(|r| r.time));
+            let held = |pod: u8| {
+                let name = format!("p{pod}-1");
+                let of_pod = |r: &&Arc<FlowRecord>| {
+                    r.destination.pod.as_ref().is_some_and(|(_, n)| **n == *name)
+                };
+                snapshot.iter().filter(of_pod).count()
+            };
+            let most = pushed.keys().map(|p| held(*p)).max().unwrap_or(0);
+            for (pod, n) in &pushed {
+                let lost_some = held(*pod) < *n;
+                prop_assert!(!lost_some || held(*pod) + 1 >= most, "{pod} holds {}", held(*pod));
+            }
+        }
+    }
+}

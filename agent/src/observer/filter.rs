@@ -374,3 +374,179 @@ fn is_v6(value: i32) -> Result<bool, BadValue> {
         _ => Err(BadValue::new(value, "IPv4 or IPv6")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flow::example::{allowed, denied, ended, refused};
+
+    fn is_shown(filter: FlowFilter, record: &FlowRecord) -> bool {
+        Filters::compile(vec![filter], vec![]).unwrap().matches(record)
+    }
+
+    fn strings(values: &[&str]) -> Vec<String> {
+        values.iter().map(|v| (*v).to_owned()).collect()
+    }
+
+    macro_rules! filter {
+        ($field:ident: $value:expr) => {
+            FlowFilter { $field: $value, ..Default::default() }
+        };
+    }
+
+    /// Each filter with a record that it shows and one that it does not.
+    #[test]
+    fn every_filter_shows_what_it_should_and_nothing_else() {
+        let allowed_only: Vec<(&str, FlowFilter)> = vec![
+            ("source_ip", filter!(source_ip: strings(&["10.0.1.5"]))),
+            ("source_pod", filter!(source_pod: strings(&["shop/front"]))),
+            ("source_pod, any namespace", filter!(source_pod: strings(&["/frontend"]))),
+            ("source_port", filter!(source_port: strings(&["41872"]))),
+            ("source_port, range", filter!(source_port: strings(&["41000-42000"]))),
+            ("any_pod", filter!(any_pod: strings(&["frontend"]))),
+            ("any_identity", filter!(any_identity: strings(&["spiffe://*/sa/frontend"]))),
+            ("any_identity, short", filter!(any_identity: strings(&["shop/front*"]))),
+            ("any_port", filter!(any_port: vec![41872])),
+            ("verdict", filter!(verdict: vec![flow::Verdict::Forwarded.into()])),
+            ("reason", filter!(reason: strings(&["allowed"]))),
+            ("policy", filter!(policy: strings(&["payments-callers"]))),
+            ("policy, long", filter!(policy: strings(&["IdentityPolicy/shop/*"]))),
+            ("encrypted", filter!(encrypted: vec![true])),
+            ("uuid", filter!(uuid: vec![allowed().uuid.to_string()])),
+            ("source_ip, range", filter!(source_ip: strings(&["10.0.0.0/16", "10.7.0.0/16"]))),
+        ];
+        for (name, filter) in allowed_only {
+            assert!(is_shown(filter.clone(), &allowed()), "{name} hides what it should show");
+            assert!(!is_shown(filter, &refused()), "{name} shows what it should hide");
+        }
+        let refused_only: Vec<(&str, FlowFilter)> = vec![
+            ("drop_reason_desc", {
+                filter!(drop_reason_desc: vec![flow::DropReason::UnencryptedTraffic.into()])
+            }),
+            ("event_type drop", {
+                let drop = flow::EventTypeFilter { r#type: 1, ..Default::default() };
+                filter!(event_type: vec![drop])
+            }),
+            ("encrypted", filter!(encrypted: vec![false])),
+        ];
+        for (name, filter) in refused_only {
+            assert!(is_shown(filter.clone(), &refused()), "{name} hides what it should show");
+            assert!(!is_shown(filter, &allowed()), "{name} shows what it should hide");
+        }
+        let both: Vec<(&str, &str, FlowFilter, FlowFilter)> = vec![
+            (
+                "destination_ip",
+                "destination_ip",
+                filter!(destination_ip: strings(&["10.0.2.7"])),
+                filter!(destination_ip: strings(&["10.0.2.8"])),
+            ),
+            (
+                "destination_pod",
+                "destination_pod in default",
+                filter!(destination_pod: strings(&["shop/pay"])),
+                filter!(destination_pod: strings(&["payments"])),
+            ),
+            (
+                "destination_service",
+                "destination_service",
+                filter!(destination_service: strings(&["shop/payments"])),
+                filter!(destination_service: strings(&["legacy/payments"])),
+            ),
+            (
+                "destination_port",
+                "source_service",
+                filter!(destination_port: strings(&["8080"])),
+                filter!(source_service: strings(&["shop/payments"])),
+            ),
+            (
+                "protocol",
+                "protocol",
+                filter!(protocol: strings(&["TCP"])),
+                filter!(protocol: strings(&["udp"])),
+            ),
+            (
+                "node_name",
+                "node_name",
+                filter!(node_name: strings(&["node-*"])),
+                filter!(node_name: strings(&["node"])),
+            ),
+            (
+                "traffic_direction",
+                "traffic_direction",
+                filter!(traffic_direction: vec![flow::TrafficDirection::Ingress.into()]),
+                filter!(traffic_direction: vec![flow::TrafficDirection::Egress.into()]),
+            ),
+            (
+                "ip_version",
+                "ip_version",
+                filter!(ip_version: vec![flow::IpVersion::IPv4.into()]),
+                filter!(ip_version: vec![flow::IpVersion::IPv6.into()]),
+            ),
+            ("reply", "reply", filter!(reply: vec![false]), filter!(reply: vec![true])),
+            (
+                "any_namespace",
+                "any_namespace",
+                filter!(any_namespace: strings(&["shop"])),
+                filter!(any_namespace: strings(&["sho"])),
+            ),
+        ];
+        for (shows, hides, good, bad) in both {
+            assert!(is_shown(good, &allowed()), "{shows}");
+            assert!(!is_shown(bad, &allowed()), "{hides}");
+        }
+        let trace = flow::EventTypeFilter { r#type: 4, ..Default::default() };
+        assert!(is_shown(filter!(event_type: vec![trace]), &ended()));
+        assert!(!is_shown(filter!(event_type: vec![trace]), &allowed()));
+    }
+
+    #[test]
+    fn lists_compose() {
+        let of_intruder = filter!(source_pod: strings(&["/intruder"]));
+        let drops = filter!(verdict: vec![flow::Verdict::Dropped.into()]);
+        let shown = |whitelist: &[FlowFilter], blacklist: &[FlowFilter]| {
+            let filters = Filters::compile(whitelist.to_vec(), blacklist.to_vec()).unwrap();
+            [allowed(), denied(), refused()].map(|r| filters.matches(&r))
+        };
+        assert_eq!(shown(&[], &[]), [true, true, true]);
+        assert_eq!(shown(&[drops.clone()], &[]), [false, true, true]);
+        assert_eq!(shown(&[drops.clone()], &[of_intruder.clone()]), [false, false, true]);
+        assert_eq!(shown(&[], &[of_intruder.clone(), drops.clone()]), [true, false, false]);
+        // Fields of one filter must all hold; filters of a list, any.
+        let both = FlowFilter { verdict: drops.verdict.clone(), ..of_intruder };
+        assert_eq!(shown(&[both], &[]), [false, true, false]);
+    }
+
+    #[test]
+    fn what_is_not_implemented_is_refused_by_its_name() {
+        let refusal = |filter| Filters::compile(vec![], vec![filter]).unwrap_err();
+        let cel = flow::flow_filter::Experimental { cel_expression: strings(&["true"]) };
+        for (name, filter) in [
+            ("source_fqdn", filter!(source_fqdn: strings(&["a.b"]))),
+            ("http_path", filter!(http_path: strings(&["/x"]))),
+            ("source_label", filter!(source_label: strings(&["a=b"]))),
+            ("destination_identity", filter!(destination_identity: vec![1])),
+            ("tcp_flags", filter!(tcp_flags: vec![flow::TcpFlags::default()])),
+            ("source_workload", filter!(source_workload: vec![flow::Workload::default()])),
+            ("interface", filter!(interface: vec![flow::NetworkInterface::default()])),
+            ("experimental.cel_expression", filter!(experimental: Some(cel))),
+        ] {
+            assert_eq!(refusal(filter), FilterError::Unsupported(name));
+        }
+        for (field, filter) in [
+            ("source_ip", filter!(source_ip: strings(&["10.0.0.0/40"]))),
+            ("destination_port", filter!(destination_port: strings(&["9-3"]))),
+            ("protocol", filter!(protocol: strings(&["http"]))),
+            ("verdict", filter!(verdict: vec![flow::Verdict::Redirected.into()])),
+            ("reason", filter!(reason: strings(&["because"]))),
+            ("any_port", filter!(any_port: vec![70_000])),
+            ("node_name", filter!(node_name: strings(&["cluster/node"]))),
+        ] {
+            let FilterError::Value { field: named, .. } = refusal(filter) else {
+                panic!("{field}")
+            };
+            assert_eq!(named, field);
+        }
+        let many = filter!(uuid: vec!["x".into(); MAX_VALUES + 1]);
+        assert_eq!(refusal(many), FilterError::TooMany);
+    }
+}
