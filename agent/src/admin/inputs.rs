@@ -5,7 +5,9 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use signet_ebpf::abi::DropKey;
 
-use crate::{cluster::model::Problem, endpoint::state::NodeState, spiffe::SpiffeId};
+use crate::{
+    cluster::model::Problem, endpoint::state::NodeState, spiffe::SpiffeId, svid::SvidStatus,
+};
 
 /// The picture of a moment.
 #[derive(Clone, Debug)]
@@ -125,4 +127,18 @@ pub struct DropCount {
     pub key: DropKey,
     /// Drops since the programs were first attached.
     pub count: u64,
+}
+
+impl From<SvidStatus> for SvidFacts {
+    fn from(status: SvidStatus) -> Self {
+        Self {
+            id: status.id,
+            state: match status.validity {
+                None => SvidState::Missing,
+                Some((not_before, not_after)) => SvidState::Issued { not_before, not_after },
+            },
+            next_attempt: Some(status.next_request),
+            error: status.last_error,
+        }
+    }
 }

@@ -1,0 +1,572 @@
+//! The binary against agents' services on real sockets: output, warnings and exit codes.
+
+use std::{
+    collections::HashMap,
+    io::{BufRead, BufReader},
+    net::{IpAddr, SocketAddr},
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    process::{Command, Output, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+use jiff::{SignedDuration, Timestamp};
+use signet::{
+    admin::{
+        Admin, DropCount, EnforcementState, IssuerFacts, KernelFacts, StatusInputs, SvidFacts,
+        SvidState,
+        socket::{AdminSocket, SocketError, path_in},
+    },
+    cluster::model::{ModeOrigin, ObjectName, Pod, Problem, Synced, World},
+    endpoint::state::{EndpointKey, EndpointState, NodeState, Waiting},
+    flow::{
+        self, FlowEvent, FlowRecord, KnownBy, Limits, LostCause, Party, Recorder, Reporter, Via,
+    },
+    observer::Observer,
+    policy::model::PolicyName,
+    spiffe::{SpiffeId, TrustDomain},
+};
+use signet_ebpf::abi::{Direction, DropKey, Ip, Mode, Reason, Verdict};
+use tempfile::TempDir;
+use tonic::service::Routes;
+use uuid::Uuid;
+
+/// An agent's two services over made-up inputs.
+struct Node {
+    dir: TempDir,
+    recorder: Recorder,
+}
+
+impl Node {
+    /// Serves until the test's runtime ends.
+    fn start(inputs: StatusInputs) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = AdminSocket::bind(dir.path()).unwrap();
+        let (recorder, collector) = flow::start(Limits::default());
+        tokio::spawn(collector.run());
+        let log = recorder.log();
+        let observer = Observer::new(log.clone(), inputs.node.clone(), "cluster.local".into());
+        let admin = Admin::new(Arc::new(move || inputs.clone()), log);
+        let routes = Routes::new(observer.into_service()).add_service(admin.into_service());
+        tokio::spawn(async move { socket.serve(routes, std::future::pending()).await.unwrap() });
+        Self { dir, recorder }
+    }
+
+    fn socket(&self) -> String {
+        path_in(self.dir.path()).display().to_string()
+    }
+
+    /// Records, and waits until it is in the ring.
+    async fn record(&self, records: impl IntoIterator<Item = FlowRecord>) {
+        let seen = self.recorder.log().totals().seen;
+        let mut n = 0;
+        for record in records {
+            self.recorder.record(record);
+            n += 1;
+        }
+        while self.recorder.log().totals().seen < seen + n {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+}
+
+fn binary(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_signet"));
+    command.args(args).env_remove("SIGNET_SOCKET");
+    command
+}
+
+async fn run(args: &[&str]) -> Output {
+    let mut command = binary(args);
+    tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap()
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+fn code(output: &Output) -> i32 {
+    output.status.code().unwrap()
+}
+
+fn party(name: &str, known_by: KnownBy, address: &str) -> Party {
+    let account = name.split('-').next().unwrap();
+    let id = format!("spiffe://cluster.local/ns/shop/sa/{account}");
+    Party {
+        pod: Some(("shop".into(), name.into())),
+        service_account: Some(account.into()),
+        identity: Some(SpiffeId::parse(&id).unwrap()),
+        known_by,
+        ..Party::unknown(address.parse::<SocketAddr>().unwrap())
+    }
+}
+
+fn allowed() -> FlowRecord {
+    FlowRecord {
+        time: "2026-08-06T10:12:04.318Z".parse().unwrap(),
+        event: FlowEvent::Verdict,
+        uuid: Uuid::from_u128(1),
+        node: "node-2".into(),
+        reporter: Reporter::Destination,
+        direction: Direction::Ingress,
+        protocol: 6,
+        via: Via::Mtls,
+        verdict: Verdict::Forwarded,
+        reason: Reason::Allowed,
+        policy: Some(PolicyName {
+            kind: "IdentityPolicy".into(),
+            namespace: "shop".into(),
+            name: "payments-callers".into(),
+        }),
+        revision: 118,
+        extra: vec![],
+        source: party("frontend-7d9c", KnownBy::Mtls, "10.0.1.5:41872"),
+        destination: party("payments-5b7f", KnownBy::Kernel, "10.0.2.7:8080"),
+    }
+}
+
+fn as_source(record: FlowRecord) -> FlowRecord {
+    let (reporter, direction) = (Reporter::Source, Direction::Egress);
+    FlowRecord { node: "node-1".into(), reporter, direction, ..record }
+}
+
+fn denied() -> FlowRecord {
+    FlowRecord {
+        time: "2026-08-06T10:12:05.002Z".parse().unwrap(),
+        uuid: Uuid::from_u128(2),
+        verdict: Verdict::Dropped,
+        reason: Reason::PolicyNoMatch,
+        source: party("intruder-x2", KnownBy::Mtls, "10.0.1.9:51544"),
+        ..allowed()
+    }
+}
+
+fn ended() -> FlowRecord {
+    FlowRecord {
+        time: "2026-08-06T10:12:09.120Z".parse().unwrap(),
+        event: FlowEvent::End { sent: 1204, received: 340, duration: Duration::from_millis(4802) },
+        policy: None,
+        ..allowed()
+    }
+}
+
+const ALLOWED: &str = "2026-08-06T10:12:04.318Z node-2 in shop/frontend-7d9c:41872 (shop/frontend,mtls) -> shop/payments-5b7f:8080 (shop/payments,kernel) tcp mtls FORWARDED allowed IdentityPolicy/shop/payments-callers\n";
+const DENIED: &str = "2026-08-06T10:12:05.002Z node-2 in shop/intruder-x2:51544 (shop/intruder,mtls) -> shop/payments-5b7f:8080 (shop/payments,kernel) tcp mtls DROPPED policy_no_match IdentityPolicy/shop/payments-callers\n";
+const ENDED: &str = "2026-08-06T10:12:09.120Z node-2 in shop/frontend-7d9c:41872 (shop/frontend,mtls) -> shop/payments-5b7f:8080 (shop/payments,kernel) tcp mtls END allowed - sent=1204 received=340 duration=4.802s\n";
+
+fn pod(name: &str, mode: Mode) -> Arc<Pod> {
+    Arc::new(Pod {
+        uid: format!("3f1c-{name}").into(),
+        name: ObjectName { namespace: "shop".into(), name: name.into() },
+        service_account: name.split('-').next().unwrap().into(),
+        node: Some("node-1".into()),
+        ips: Vec::new(),
+        labels: Default::default(),
+        host_network: false,
+        finished: false,
+        terminating: false,
+        alive: true,
+        named_ports: Default::default(),
+        mode,
+        mode_origin: ModeOrigin::Namespace,
+        unenforceable: None,
+    })
+}
+
+fn endpoint(pod: &Arc<Pod>, netns: u64, address: &str) -> Arc<EndpointState> {
+    let id = format!("spiffe://cluster.local/ns/shop/sa/{}", pod.service_account);
+    Arc::new(EndpointState {
+        key: EndpointKey { uid: pod.uid.clone(), netns },
+        pod: pod.clone(),
+        identity: SpiffeId::parse(&id).unwrap(),
+        identity_number: 256 + u32::try_from(netns).unwrap(),
+        mode: pod.mode,
+        addresses: vec![address.parse::<IpAddr>().unwrap()],
+        cgroup_path: format!("/kubepods/pod{}", pod.uid).into(),
+        cgroup: netns + 1000,
+        policies: Arc::new([]),
+        default_deny: false,
+        listener4: 0,
+        listener6: (0, 0),
+        served: true,
+        since: "2026-08-06T10:00:00Z".parse().unwrap(),
+    })
+}
+
+/// One strict, one observed, one waiting pod; everything in order.
+fn inputs(node: &str) -> StatusInputs {
+    let now = Timestamp::now();
+    let mut world = World::empty(TrustDomain::parse("cluster.local").unwrap());
+    world.revision = 118;
+    world.synced = Synced { pods: true, policies: true };
+    let payments = pod("payments-5b7f", Mode::Strict);
+    let frontend = pod("frontend-7d9c", Mode::Observe);
+    for (pod, address) in [(&payments, "10.0.2.7"), (&frontend, "10.0.1.5")] {
+        world.pods_by_ip.insert(address.parse().unwrap(), pod.uid.clone());
+        world.pods.insert(pod.uid.clone(), pod.clone());
+    }
+    let state = NodeState {
+        revision: 118,
+        endpoints: HashMap::from([
+            (1, endpoint(&payments, 1, "10.0.2.7")),
+            (2, endpoint(&frontend, 2, "10.0.1.5")),
+        ]),
+        waiting: vec![Waiting {
+            pod: pod("checkout-6c9", Mode::Strict),
+            reason: "no cgroup for uid 3f1c: is --cgroup-root right? (looked in /kubepods)".into(),
+        }],
+        ..NodeState::empty(node.into(), Arc::new(world))
+    };
+    let hour = SignedDuration::from_hours(1);
+    StatusInputs {
+        node: node.into(),
+        started: now - SignedDuration::from_mins(192),
+        state: Some(Arc::new(state)),
+        wanted_revision: 118,
+        wanted_since: now - hour,
+        source: "files".into(),
+        location: "/etc/signet/cluster".into(),
+        kernel: KernelFacts {
+            release: "6.18".into(),
+            programs: vec![("connect4", true), ("connect6", true)],
+            cgroup: "/kubepods".into(),
+            pins: "/sys/fs/bpf/signet/default/v1".into(),
+            probe_cgroups: vec!["/system.slice/kubelet.service".into()],
+            fallbacks: vec![],
+            enforcement: EnforcementState::Enforce,
+        },
+        issuer: IssuerFacts {
+            trust_domain: "cluster.local".into(),
+            name: "embedded".into(),
+            roots: vec!["2036-08-04T00:00:00Z".parse().unwrap()],
+        },
+        svids: vec![SvidFacts {
+            id: SpiffeId::parse("spiffe://cluster.local/ns/shop/sa/payments").unwrap(),
+            state: SvidState::Issued {
+                not_before: now - hour * 41 / 100,
+                not_after: now + hour * 59 / 100,
+            },
+            next_attempt: Some(now + SignedDuration::from_secs(9 * 60 + 1)),
+            error: None,
+        }],
+        drops: vec![DropCount {
+            key: DropKey {
+                netns: 1,
+                peer: Ip::from_std("10.0.1.5".parse().unwrap()),
+                port: 8080,
+                reason: Reason::PlaintextRefused as u16,
+                protocol: 6,
+                direction: Direction::Ingress as u8,
+                pad: 0,
+            },
+            count: 17,
+        }],
+        problems: vec![],
+        counters: vec![("handshake_failed{kind=\"expired\"}".into(), 3)],
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn flows_are_printed_as_the_contract_says() {
+    let node = Node::start(inputs("node-2"));
+    node.record([denied(), allowed(), ended()]).await;
+    let socket = node.socket();
+    // Not on a terminal: compact, oldest first, without ends.
+    let output = run(&["flows", "--socket", &socket]).await;
+    assert_eq!(
+        (stdout(&output), stderr(&output), code(&output)),
+        (format!("{ALLOWED}{DENIED}"), String::new(), 0)
+    );
+    let output = run(&["flows", "--socket", &socket, "--ends"]).await;
+    assert_eq!(stdout(&output), format!("{ALLOWED}{DENIED}{ENDED}"));
+    // The environment names the socket, too.
+    let mut command = binary(&["flows", "--last", "1"]);
+    command.env("SIGNET_SOCKET", &socket);
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    assert_eq!(stdout(&output), DENIED);
+    let output = run(&["flows", "--socket", &socket, "-o", "table"]).await;
+    assert_eq!(
+        stdout(&output),
+        "TIME          SOURCE              DESTINATION              PROTO  VIA   VERDICT    REASON           POLICY\n\
+         10:12:04.318  shop/frontend-7d9c  shop/payments-5b7f:8080  tcp    mtls  FORWARDED  allowed          shop/payments-callers\n\
+         10:12:05.002  shop/intruder-x2    shop/payments-5b7f:8080  tcp    mtls  DROPPED    policy_no_match  shop/payments-callers\n"
+    );
+    let output = run(&["flows", "--socket", &socket, "-o", "json", "--ends"]).await;
+    let lines: Vec<serde_json::Value> =
+        stdout(&output).lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(lines.len(), 3);
+    assert_eq!(lines[2]["event"], "end");
+    assert_eq!(lines[2]["durationSeconds"], 4.802);
+    assert_eq!(lines[1]["source"]["pod"], "intruder-x2");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn filters_compose_and_not_negates_the_next() {
+    let node = Node::start(inputs("node-2"));
+    node.record([allowed(), denied()]).await;
+    let socket = node.socket();
+    let both = format!("{ALLOWED}{DENIED}");
+    for (filter, expected) in [
+        ("--verdict dropped", DENIED),
+        ("--verdict DROPPED --verdict forwarded", &both),
+        ("--not --verdict dropped", ALLOWED),
+        ("--from-pod shop/frontend", ALLOWED),
+        ("--from-pod intruder", DENIED),
+        ("--to-pod payments --not --from-pod intruder", ALLOWED),
+        ("--not --pod intruder --not --pod frontend", ""),
+        ("-n shop", &both),
+        ("-n shop --pod frontend", ALLOWED),
+        ("-n legacy", ""),
+        ("--identity shop/intruder", DENIED),
+        ("--identity spiffe://*/sa/front*", ALLOWED),
+        ("--port 41872", ALLOWED),
+        ("--reason policy_no_match", DENIED),
+        ("--policy payments-* --protocol tcp --node node-2", &both),
+        ("--protocol udp", ""),
+        ("--since 2026-08-06T10:12:05Z", DENIED),
+        ("--until 2026-08-06T10:12:05Z", ALLOWED),
+        ("--since 2026-08-06T10:12:00Z --until 2026-08-06T10:13:00Z", &both),
+    ] {
+        let mut args = vec!["flows", "--socket", &socket];
+        args.extend(filter.split(' '));
+        let output = run(&args).await;
+        assert_eq!(stdout(&output), expected, "{filter}: {}", stderr(&output));
+        assert_eq!(code(&output), 0, "{filter}");
+    }
+    for (filter, named) in [
+        ("--verdict maybe", "--verdict"),
+        ("--reason because", "--reason"),
+        ("--not", "--not"),
+        ("--since yesterday", "--since"),
+        ("--last 0", "--last"),
+        ("--since 2026-08-06T10:13:00Z --until 2026-08-06T10:12:00Z", "--until"),
+    ] {
+        let mut args = vec!["flows", "--socket", &socket];
+        args.extend(filter.split(' '));
+        let output = run(&args).await;
+        assert_eq!(code(&output), 2, "{filter}");
+        assert!(stderr(&output).contains(named), "{filter}: {}", stderr(&output));
+        assert_eq!(stdout(&output), "");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_agents_make_one_view() {
+    let (one, two) = (Node::start(inputs("node-1")), Node::start(inputs("node-2")));
+    one.record([as_source(allowed()), as_source(denied())]).await;
+    two.record([allowed(), denied()]).await;
+    let (a, b) = (one.socket(), two.socket());
+    let output = run(&["flows", "--socket", &a, "--socket", &b]).await;
+    assert_eq!(stdout(&output), format!("{ALLOWED}{DENIED}"));
+    // The control: one agent alone shows its own.
+    let output = run(&["flows", "--socket", &a]).await;
+    assert_eq!(stdout(&output).matches("node-1 out").count(), 2);
+    let output = run(&["flows", "--socket", &a, "--socket", &b, "--node", "node-1"]).await;
+    assert_eq!(stdout(&output).matches("node-1 out").count(), 2);
+    // One that is gone: what there is, a warning and its exit code.
+    let output = run(&["flows", "--socket", "/no/such.sock", "--socket", &b]).await;
+    assert_eq!(stdout(&output), format!("{ALLOWED}{DENIED}"));
+    assert!(stderr(&output).contains("/no/such.sock"), "{}", stderr(&output));
+    assert_eq!(code(&output), 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn followed_flows_come_as_they_are_made() {
+    let node = Node::start(inputs("node-2"));
+    node.record([allowed()]).await;
+    let socket = node.socket();
+    let mut child = binary(&["flows", "-f", "--socket", &socket, "--verdict", "dropped"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap());
+    // It follows once the agent has it as a follower; until then it misses what is made.
+    let reading = tokio::task::spawn_blocking(move || {
+        let mut line = String::new();
+        lines.read_line(&mut line).unwrap();
+        line
+    });
+    while !reading.is_finished() {
+        node.record([allowed(), denied()]).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(reading.await.unwrap(), DENIED);
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn losses_are_told_on_stderr() {
+    let node = Node::start(inputs("node-2"));
+    node.recorder.count_lost(LostCause::KernelRing, 312);
+    node.record([FlowRecord { time: Timestamp::now(), ..denied() }]).await;
+    let output = run(&["flows", "--socket", &node.socket()]).await;
+    assert_eq!(stderr(&output), "warning: node-2 lost 312 events (ring buffer full)\n");
+    assert_eq!(stdout(&output).lines().count(), 1);
+    assert_eq!(code(&output), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn status_is_printed_as_the_contract_says() {
+    let node = Node::start(inputs("node-1"));
+    node.record([allowed(), denied()]).await;
+    let socket = node.socket();
+    let output = run(&["status", "--socket", &socket]).await;
+    let version = env!("CARGO_PKG_VERSION");
+    assert_eq!(
+        stdout(&output),
+        format!(
+            "Agent      node-1  {version}  READY  up 3h12m  kernel 6.18  enforcement enforce\n\
+             Programs   2/2 attached  cgroup /kubepods  pins /sys/fs/bpf/signet/default/v1\n\
+             Cluster    files /etc/signet/cluster  revision 118 applied 118 (0 s behind)\n\
+             Identity   cluster.local  issuer embedded  1 root, expires 2036-08-04\n\
+             SVIDs      1 valid  0 failed  oldest 41 %  next renewal 9m\n\
+             Pods       2 managed (1 strict, 0 permissive, 1 observe)  1 waiting  0 off\n\
+             Policies   0 in force  0 with problems\n\
+             Events     1 forwarded  18 dropped  0 audit  0 lost\n\
+             Problems\n  \
+               pod shop/checkout-6c9  waiting  no cgroup for uid 3f1c: is --cgroup-root right? (looked in /kubepods)\n"
+        )
+    );
+    assert_eq!(code(&output), 0);
+
+    let output = run(&["status", "--socket", &socket, "-o", "json"]).await;
+    let json: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
+    let keys: Vec<_> = json.as_object().unwrap().keys().cloned().collect();
+    for title in [
+        "agent", "programs", "cluster", "identity", "svids", "pods", "policies", "events",
+        "problems",
+    ] {
+        assert!(keys.iter().any(|k| k == title), "{title} is missing from {keys:?}");
+    }
+    assert_eq!(json["agent"]["state"], "READY");
+    assert_eq!(json["pods"]["strict"], 1);
+    assert_eq!(json["events"]["droppedByReason"]["policy_no_match"], 1);
+    assert_eq!(json["counters"]["handshake_failed{kind=\"expired\"}"], 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_is_not_ready_is_the_answer_no() {
+    let good = Node::start(inputs("node-1"));
+    let mut broken = inputs("node-2");
+    broken.kernel.programs.push(("lookup", false));
+    broken.problems.push(Problem {
+        subject: "file policies.yaml:12".into(),
+        message: "field spec.action: \"Alow\" is not Allow, Deny or Audit".into(),
+    });
+    let bad = Node::start(broken);
+    let (a, b) = (good.socket(), bad.socket());
+    let output = run(&["status", "--socket", &b]).await;
+    assert_eq!(code(&output), 1);
+    let text = stdout(&output);
+    assert!(text.contains("  DEGRADED  ") && text.contains("2/3 attached"), "{text}");
+    assert!(text.contains("  program lookup  missing  "), "{text}");
+    assert!(text.contains("  file policies.yaml:12  problem  field spec.action"), "{text}");
+    let output = run(&["status", "--all-nodes", "--socket", &a, "--socket", &b]).await;
+    let nodes: Vec<String> = stdout(&output)
+        .lines()
+        .map(|l| l.split_whitespace().next().unwrap_or_default().into())
+        .collect();
+    assert_eq!(nodes, ["NODE", "node-2", "node-1"], "problems come first");
+    let mut starting = inputs("node-3");
+    starting.state = None;
+    let output = run(&["status", "--socket", &Node::start(starting).socket()]).await;
+    assert!(stdout(&output).contains("  STARTING  "), "{}", stdout(&output));
+    assert_eq!(code(&output), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn endpoints_are_listed_and_one_is_shown_in_full() {
+    let node = Node::start(inputs("node-1"));
+    node.record([denied()]).await;
+    let socket = node.socket();
+    let output = run(&["endpoints", "--socket", &socket]).await;
+    assert_eq!(
+        stdout(&output),
+        "POD                 NODE    MODE     FROM       STATE     IDENTITY                                    SVID   POLICIES  DROPS\n\
+         shop/checkout-6c9   node-1  strict   namespace  waiting   -                                           -      0         0\n\
+         shop/frontend-7d9c  node-1  observe  namespace  observed  spiffe://cluster.local/ns/shop/sa/frontend  -      0         0\n\
+         shop/payments-5b7f  node-1  strict   namespace  served    spiffe://cluster.local/ns/shop/sa/payments  valid  0         18\n"
+    );
+    let output = run(&["endpoints", "--socket", &socket, "shop/payments-5b7f"]).await;
+    let text = stdout(&output);
+    for line in [
+        "Pod        shop/payments-5b7f  uid 3f1c-payments-5b7f\n",
+        "Mode       strict (from namespace)\n",
+        "State      served  since 2026-08-06T10:00:00.000Z\n",
+        "Cgroup     /kubepods/pod3f1c-payments-5b7f  id 1001\n",
+        "Netns      cookie 1\n",
+        "Identity   spiffe://cluster.local/ns/shop/sa/payments  number 257\n",
+        "SVID       valid  until ",
+        "Policies   none  default allow\n",
+        "Revision   118\n",
+        "Drops\n  17 plaintext_refused  from shop/frontend-7d9c (10.0.1.5)  port 8080 tcp\n",
+        "  1 policy_no_match  from 10.0.1.9  port 8080 tcp  last 2026-08-06T10:12:05.002Z\n",
+    ] {
+        assert!(text.contains(line), "{line:?} is missing from\n{text}");
+    }
+    let output = run(&["endpoints", "--socket", &socket, "shop/checkout-6c9", "-o", "json"]).await;
+    let json: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert_eq!(json["endpoints"][0]["state"], "waiting");
+    assert!(json["endpoints"][0]["waiting"].as_str().unwrap().contains("--cgroup-root"));
+    assert_eq!(json["endpoints"][0]["netns"], serde_json::Value::Null);
+    let output = run(&["endpoints", "--socket", &socket, "shop/nobody"]).await;
+    assert_eq!((code(&output), stdout(&output)), (1, String::new()));
+    let output = run(&["endpoints", "--socket", &socket, "nobody"]).await;
+    assert_eq!(code(&output), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_socket_is_the_owners_and_one_agents() {
+    let dir = tempfile::tempdir().unwrap();
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    let socket = AdminSocket::bind(dir.path()).unwrap();
+    assert_eq!(mode(&dir.path().join("admin")), 0o700);
+    assert_eq!(mode(socket.path()), 0o600);
+    let second = AdminSocket::bind(dir.path()).unwrap_err();
+    assert!(matches!(second, SocketError::InUse { .. }), "{second}");
+    drop(socket);
+    assert!(!path_in(dir.path()).exists());
+    // A socket that its agent left behind is taken over; a file is not.
+    drop(std::os::unix::net::UnixListener::bind(path_in(dir.path())).unwrap());
+    let third = AdminSocket::bind(dir.path()).unwrap();
+    drop(third);
+    std::fs::write(path_in(dir.path()), "mine").unwrap();
+    let fourth = AdminSocket::bind(dir.path()).unwrap_err();
+    assert!(matches!(fourth, SocketError::Obstacle { .. }), "{fourth}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_goes_away_is_no_error() {
+    let node = Node::start(inputs("node-2"));
+    // More than a pipe holds.
+    for _ in 0..20 {
+        node.record((0..200).map(|_| FlowRecord { uuid: Uuid::new_v4(), ..allowed() })).await;
+    }
+    let socket = node.socket();
+    let args = ["flows", "--last", "4000", "--socket", &socket];
+    let complete = run(&args).await;
+    assert_eq!((stdout(&complete).lines().count(), code(&complete)), (4000, 0));
+    let mut child = binary(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let reading = tokio::task::spawn_blocking(move || {
+        let mut line = String::new();
+        BufReader::with_capacity(64, child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        (line, child.wait_with_output().unwrap())
+    });
+    let (line, output) = reading.await.unwrap();
+    assert_eq!(line, ALLOWED);
+    assert_eq!((code(&output), stderr(&output)), (0, String::new()));
+}
+
+#[test]
+fn help_has_examples() {
+    let output = binary(&["--help"]).output().unwrap();
+    assert_eq!(code(&output), 0);
+    let text = stdout(&output);
+    assert!(text.contains("signet flows -f -n shop"), "{text}");
+}
