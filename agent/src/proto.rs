@@ -22,7 +22,12 @@ pub fn time(t: &prost_types::Timestamp) -> Option<Timestamp> {
 macro_rules! package {
     ($(#[$doc:meta])* $module:ident = $name:literal) => {
         $(#[$doc])*
-        #[allow(missing_docs, clippy::all, reason = "generated code")]
+        #[allow(
+            missing_docs,
+            clippy::all,
+            clippy::allow_attributes_without_reason,
+            reason = "generated code"
+        )]
         pub mod $module {
             tonic::include_proto!($name);
         }

@@ -5,9 +5,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use signet_ebpf::abi::DropKey;
 
-use crate::{
-    cluster::model::Problem, endpoint::state::NodeState, spiffe::SpiffeId, svid::SvidStatus,
-};
+use crate::{cluster::model::Problem, endpoint::state::NodeState, spiffe::SpiffeId};
 
 /// The picture of a moment.
 #[derive(Clone, Debug)]
@@ -127,18 +125,4 @@ pub struct DropCount {
     pub key: DropKey,
     /// Drops since the programs were first attached.
     pub count: u64,
-}
-
-impl From<SvidStatus> for SvidFacts {
-    fn from(status: SvidStatus) -> Self {
-        Self {
-            id: status.id,
-            state: match status.validity {
-                None => SvidState::Missing,
-                Some((not_before, not_after)) => SvidState::Issued { not_before, not_after },
-            },
-            next_attempt: Some(status.next_request),
-            error: status.last_error,
-        }
-    }
 }

@@ -43,7 +43,7 @@ enum Command {
     /// Run the node agent.
     Agent(agent::AgentArgs),
     /// Show verdicts on flows, past and live.
-    Flows(flows::FlowsArgs),
+    Flows(Box<flows::FlowsArgs>),
     /// Show whether the agent does its work, and what keeps it from it.
     Status(status::StatusArgs),
     /// Show the pods of this node: mode, identity, policies, drops.
@@ -92,7 +92,7 @@ fn run(
         Command::Agent(args) => agent::run(args, run_agent),
         Command::Flows(args) => {
             let terms = filters::terms(matches.subcommand_matches("flows"))?;
-            client(flows::run(args, terms))
+            client(flows::run(*args, terms))
         }
         Command::Status(args) => client(status::run(args)),
         Command::Endpoints(args) => client(endpoints::run(args)),
