@@ -207,6 +207,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     let pins = programs.pins().to_owned();
     let flow_sockets = Arc::new(FlowSockets::open(&pins)?);
     let counters = Counters::open(&pins)?;
+    let losses = Arc::new(Losses::new(recorder.clone(), Counters::open(&pins)?));
     let any_errno = programs.features().has(features::Feature::SetRetval);
     let (listeners, commands) = mpsc::unbounded_channel();
     let (closed, closed_flows) = mpsc::unbounded_channel();
@@ -246,7 +247,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         plane: plane.clone(),
         report: kernel_report,
         config: live_config.clone(),
-        losses: Losses::new(recorder.clone()),
+        losses: losses.clone(),
         newest: Newest::new(started),
     };
     let counted = plane.clone();
@@ -277,8 +278,13 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         let pins = pins.clone();
         async move { crate::kernel::events::run(&pins, event_sender).await }
     });
-    let mut forwarding =
-        tokio::spawn(forward_events(event_receiver, state.clone(), recorder.clone(), any_errno));
+    let mut forwarding = tokio::spawn(forward_events(
+        event_receiver,
+        state.clone(),
+        recorder.clone(),
+        losses,
+        any_errno,
+    ));
     let routes =
         Routes::new(Admin::new(Arc::new(move || picture.take()), log.clone()).into_service())
             .add_service(

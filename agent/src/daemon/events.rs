@@ -1,12 +1,13 @@
 //! What the kernel's side decided, on its way into the flow log.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use signet_ebpf::abi::{Direction, Event, Reason, Verdict, proto};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::MissedTickBehavior};
 use uuid::Uuid;
 
+use super::picture::Losses;
 use crate::{
     endpoint::{
         reconcile::ClosedFlows,
@@ -21,16 +22,26 @@ use crate::{
 /// Events converted under one reading of clock and node state.
 const BATCH: usize = 256;
 
-/// Turns events into records until the reader is gone.
+/// How often the kernel is asked what it lost.
+const TELL_LOSSES: Duration = Duration::from_secs(1);
+
+/// Turns events into records until the reader is gone, and tells what the kernel lost.
 pub(super) async fn forward_events(
     mut events: mpsc::Receiver<Event>,
     state: NodeStateHandle,
     recorder: Recorder,
+    losses: Arc<Losses>,
     any_errno: bool,
 ) {
     let mut converter = KernelEvents::new(any_errno);
     let mut batch = Vec::with_capacity(BATCH);
-    while events.recv_many(&mut batch, BATCH).await > 0 {
+    let mut tick = tokio::time::interval(TELL_LOSSES);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            received = events.recv_many(&mut batch, BATCH) => if received == 0 { return },
+            _ = tick.tick() => losses.tell(),
+        }
         let (clock, state) = (ClockOffset::now(), state.current());
         for event in batch.drain(..) {
             if let Some(record) = converter.convert(&event, &state, clock) {

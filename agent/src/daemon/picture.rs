@@ -33,7 +33,7 @@ pub(super) struct Picture {
     pub(super) plane: Arc<DataPlaneHandle>,
     pub(super) report: watch::Receiver<KernelReport>,
     pub(super) config: watch::Receiver<Arc<AgentConfig>>,
-    pub(super) losses: Losses,
+    pub(super) losses: Arc<Losses>,
     pub(super) newest: Newest,
 }
 
@@ -51,7 +51,7 @@ impl Picture {
                 Vec::new()
             }
         };
-        self.losses.tell(&self.counters);
+        self.losses.tell();
         let (wanted_revision, wanted_since) = self.newest.of(self.world.borrow().revision);
         StatusInputs {
             node: self.node.clone(),
@@ -149,22 +149,27 @@ impl Newest {
 /// Tells the flow log what the kernel lost since it was told last.
 pub(super) struct Losses {
     recorder: Recorder,
+    counters: Counters,
     told: Mutex<[u64; 2]>,
 }
 
 impl Losses {
-    pub(super) fn new(recorder: Recorder) -> Self {
-        Self { recorder, told: Mutex::default() }
+    const CAUSES: [(LostCause, u32); 2] = [
+        (LostCause::KernelRing, counter::EVENTS_LOST),
+        (LostCause::KernelRate, counter::EVENTS_LIMITED),
+    ];
+
+    /// Counts from now on: the counters are pinned and hold an earlier agent's losses, too.
+    pub(super) fn new(recorder: Recorder, counters: Counters) -> Self {
+        let told = Self::CAUSES.map(|(_, index)| counters.get(index).unwrap_or(0));
+        Self { recorder, counters, told: Mutex::new(told) }
     }
 
-    fn tell(&self, counters: &Counters) {
-        const CAUSES: [(LostCause, u32); 2] = [
-            (LostCause::KernelRing, counter::EVENTS_LOST),
-            (LostCause::KernelRate, counter::EVENTS_LIMITED),
-        ];
+    /// Tells what is new.
+    pub(super) fn tell(&self) {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        for (told, (cause, index)) in told.iter_mut().zip(CAUSES) {
-            if let Ok(now) = counters.get(index) {
+        for (told, (cause, index)) in told.iter_mut().zip(Self::CAUSES) {
+            if let Ok(now) = self.counters.get(index) {
                 self.recorder.count_lost(cause, now.saturating_sub(*told));
                 *told = now;
             }
