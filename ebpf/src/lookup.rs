@@ -72,7 +72,7 @@ pub fn lookup(ctx: SkLookupContext) -> u32 {
         // SAFETY: the program's context; local_port is in host order, remote_port not.
         local_port: unsafe { read(&raw const (*l).local_port) } as u16,
         // SAFETY: as above.
-        remote_port: u16::from_be(unsafe { read(&raw const (*l).remote_port) } as u16),
+        remote_port: u16::from_be(unsafe { read(&raw const (*l).remote_port) }),
         protocol: proto::TCP,
         now: now(),
     };

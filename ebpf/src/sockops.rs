@@ -161,10 +161,10 @@ pub fn ops_agent(ctx: SockOpsContext) -> u32 {
     }
     if op == BPF_SOCK_OPS_TCP_CONNECT_CB {
         // To an application: the client to show, which user space put on the socket.
-        if let Some(client) = stored(&CLIENT_OF, sk) {
-            if CLIENTS.insert(&key_of(&ctx), &client, 0).is_err() {
-                count(counter::CLIENTS_FULL);
-            }
+        if let Some(client) = stored(&CLIENT_OF, sk)
+            && CLIENTS.insert(&key_of(&ctx), &client, 0).is_err()
+        {
+            count(counter::CLIENTS_FULL);
         }
         return 0;
     }

@@ -39,6 +39,7 @@ struct Cli {
 }
 
 #[derive(Subcommand, Debug)]
+#[allow(clippy::large_enum_variant, reason = "there is one in a process")]
 enum Command {
     /// Run the node agent.
     Agent(agent::AgentArgs),

@@ -151,13 +151,13 @@ impl Assembler {
                 message: format!("{}: {}", fault.key, fault.message),
             });
         }
-        if let Some(why) = facts.unenforceable.as_ref().filter(|_| mode.is_enforced()) {
-            if !facts.finished {
-                problems.push(Problem {
-                    subject: shown(),
-                    message: format!("unenforceable in mode {}: {why}", mode_name(mode)),
-                });
-            }
+        if let Some(why) = facts.unenforceable.as_ref().filter(|_| mode.is_enforced())
+            && !facts.finished
+        {
+            problems.push(Problem {
+                subject: shown(),
+                message: format!("unenforceable in mode {}: {why}", mode_name(mode)),
+            });
         }
         Pod {
             uid: facts.uid.clone(),

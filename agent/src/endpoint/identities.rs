@@ -68,7 +68,7 @@ impl Identities {
         if let Some(number) = self.numbers.get(id) {
             return Some(*number);
         }
-        if id.as_str().len() > IDENTITY_NAME_LEN || self.next >= IDENTITY_ANY {
+        if id.as_str().len() > IDENTITY_NAME_LEN || self.next == IDENTITY_ANY {
             return None;
         }
         let number = self.next;

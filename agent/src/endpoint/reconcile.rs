@@ -295,10 +295,11 @@ impl Reconciler {
         outcome.closed.extend(given.closed);
         outcome.failures.extend(given.failures);
 
-        if self.deps.programs.is_waiting() && outcome.failures.is_empty() {
-            if let Err(error) = self.deps.programs.activate() {
-                self.fail("programs", &error);
-            }
+        if self.deps.programs.is_waiting()
+            && outcome.failures.is_empty()
+            && let Err(error) = self.deps.programs.activate()
+        {
+            self.fail("programs", &error);
         }
         self.deps.svids.want(plan.svids.clone());
         self.announce(&plan);
