@@ -222,12 +222,8 @@ fn unescape(field: &str) -> PathBuf {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use super::*;
-    use std::sync::Mutex;
-
-    /// Held by tests that look at or change the cgroup of the whole process.
-    pub(crate) static OWN_CGROUP: Mutex<()> = Mutex::new(());
 
     const HYBRID: &str = "\
 31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
@@ -265,7 +261,7 @@ pub(super) mod tests {
 
     #[test]
     fn levels_count_from_the_real_root() {
-        let _own = OWN_CGROUP.lock().unwrap();
+        let _own = super::super::test_host::lock_own_cgroup();
         if !rustix::process::geteuid().is_root() {
             return;
         }

@@ -12,6 +12,8 @@ mod flow_sockets;
 pub mod maps;
 mod pins;
 mod programs;
+#[cfg(test)]
+pub(crate) mod test_host;
 
 pub use error::KernelError;
 pub use flow_sockets::{Confirm, FlowSockets};

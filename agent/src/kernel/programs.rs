@@ -514,62 +514,14 @@ fn program_fd<'a>(
 
 #[cfg(test)]
 mod tests {
+    use super::super::test_host::Host;
     use super::*;
     use signet_ebpf::abi::{Config, PodEntry, PolicyKey, PolicyValue};
     use std::fs;
 
-    /// A cgroup tree and a bpffs of its own, removed at the end.
-    struct Host {
-        dir: tempfile::TempDir,
-        cgroup: PathBuf,
-        name: PathBuf,
-    }
-
-    impl Host {
-        /// `None` where the machine cannot: no root, no cgroup2.
-        fn new(name: &str) -> Option<Self> {
-            if !rustix::process::geteuid().is_root() {
-                return None;
-            }
-            let hierarchy = Hierarchy::find().ok()?;
-            let name = PathBuf::from(format!("/signet-unit-{name}-{}", std::process::id()));
-            let cgroup = hierarchy.mount().join(name.strip_prefix("/").ok()?);
-            fs::create_dir_all(cgroup.join("kubepods")).ok()?;
-            // The tests' own process stays where it is: outside, not above.
-            Some(Self { dir: tempfile::tempdir().ok()?, cgroup, name })
-        }
-
-        fn config(&self) -> KernelConfig {
-            KernelConfig {
-                bpffs: self.dir.path().join("bpf"),
-                instance: "default".into(),
-                workloads: self.name.join("kubepods"),
-                node: self.name.clone(),
-                mask_features: None,
-            }
-        }
-    }
-
-    impl Drop for Host {
-        fn drop(&mut self) {
-            let _ = rustix::mount::unmount(
-                self.dir.path().join("bpf/default"),
-                rustix::mount::UnmountFlags::DETACH,
-            );
-            // The process may have moved into this tree: back to the root, then remove.
-            if let Ok(h) = Hierarchy::find() {
-                let _ = fs::write(h.mount().join("cgroup.procs"), std::process::id().to_string());
-            }
-            for dir in ["kubepods", "signet-agent", ""] {
-                let _ = fs::remove_dir(self.cgroup.join(dir));
-            }
-        }
-    }
-
     /// One test, because moving the process between cgroups is the whole process's affair.
     #[test]
     fn loads_attaches_restarts_and_swaps() {
-        let _own = super::super::cgroup::tests::OWN_CGROUP.lock().unwrap();
         let Some(host) = Host::new("load") else { return };
         let config = host.config();
 

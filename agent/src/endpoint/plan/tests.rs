@@ -12,8 +12,8 @@ use signet_ebpf::abi::enforcement;
 const NODE: &str = "node-1";
 
 /// A world and a node under construction.
-struct Scene {
-    world: World,
+pub(in crate::endpoint) struct Scene {
+    pub(in crate::endpoint) world: World,
     observed: Observed,
     params: Params,
     memory: Memory,
@@ -25,22 +25,12 @@ struct Scene {
 }
 
 impl Scene {
-    fn new() -> Self {
+    pub(in crate::endpoint) fn new() -> Self {
         Self {
             world: World {
                 revision: 1,
-                trust_domain: TrustDomain::parse("cluster.local").unwrap(),
-                namespaces: BTreeMap::new(),
-                pods: HashMap::new(),
-                pods_by_ip: HashMap::new(),
-                services: BTreeMap::new(),
-                services_by_ip: HashMap::new(),
-                nodes: BTreeMap::new(),
-                policies: Arc::new(PolicySet::default()),
-                ranges: Ranges::default(),
-                served: HashMap::new(),
-                problems: Vec::new(),
                 synced: Synced { pods: true, policies: true },
+                ..World::empty(TrustDomain::parse("cluster.local").unwrap())
             },
             observed: Observed::default(),
             params: Params {
@@ -63,7 +53,7 @@ impl Scene {
         }
     }
 
-    fn namespace(&mut self, name: &str, mode: Mode) {
+    pub(in crate::endpoint) fn namespace(&mut self, name: &str, mode: Mode) {
         self.world.namespaces.insert(
             name.into(),
             Namespace {
@@ -77,7 +67,13 @@ impl Scene {
     }
 
     /// A pod of `namespace` on `node`, in its mode, with the API's address.
-    fn pod(&mut self, namespace: &str, name: &str, node: &str, ip: &str) -> PodUid {
+    pub(in crate::endpoint) fn pod(
+        &mut self,
+        namespace: &str,
+        name: &str,
+        node: &str,
+        ip: &str,
+    ) -> PodUid {
         let uid: PodUid = format!("uid-{name}").into();
         let ip: IpAddr = ip.parse().unwrap();
         let pod = Pod {
@@ -101,11 +97,11 @@ impl Scene {
         uid
     }
 
-    fn set_mode(&mut self, uid: &PodUid, mode: Mode) {
+    pub(in crate::endpoint) fn set_mode(&mut self, uid: &PodUid, mode: Mode) {
         self.change(uid, |pod| pod.mode = mode);
     }
 
-    fn change(&mut self, uid: &PodUid, change: impl FnOnce(&mut Pod)) {
+    pub(in crate::endpoint) fn change(&mut self, uid: &PodUid, change: impl FnOnce(&mut Pod)) {
         let mut pod = Pod::clone(&self.world.pods[uid]);
         change(&mut pod);
         self.world.pods.insert(uid.clone(), Arc::new(pod));

@@ -4,25 +4,30 @@
 //! from the kernel first, then the state is published (open flows are judged again), then
 //! rights are given, then served pods are announced.
 
+mod closing;
+mod listening;
+mod upkeep;
+mod waking;
+
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
-    os::fd::AsFd,
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use signet_ebpf::abi::{AddressEntry, Config, FlowKey, Ip, ListenerKey, Mode};
+use signet_ebpf::abi::{Config, Mode};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use self::waking::{Wake, Woken};
 use super::{
     apply,
     discovery::Discovery,
     identities::{Identities, NEXT_ROW},
     plan::{self, Input, Memory, Numbers, Observed, ObservedPod, Params, Plan},
     probes::ProbeCgroups,
-    rejudge::{self, Close, Closed, Verdicts},
-    sockets::{self, ListenerCommand, OutboundPorts},
+    rejudge::Closed,
+    sockets::{ListenerCommand, OutboundPorts},
     state::{EndpointKey, NodeState, NodeStatePublisher},
     sweep,
     tables::Tables,
@@ -30,30 +35,17 @@ use super::{
 use crate::{
     cluster::model::{Pod, PodUid, Problem, World},
     config::AgentConfig,
-    kernel::{KernelError, Maps, Programs, clock, features::Features},
-    netns::{NetnsFd, NetnsOpener},
+    kernel::{KernelError, Maps, Programs},
+    netns::NetnsOpener,
     policy::compile::PolicyEntry,
     spiffe::SpiffeId,
     svid::SvidHandle,
 };
 
-/// How often the task turns at least: within the time that the heartbeat allows.
-const TURN: Duration = Duration::from_millis(500);
-/// How often it turns while a pod is looked for.
-const TURN_WAITING: Duration = Duration::from_millis(20);
 /// A pod that was not found for so long is looked for at the usual pace.
 const IMPATIENCE: Duration = Duration::from_secs(60);
-/// How often the heartbeat is written.
-const HEARTBEAT: Duration = Duration::from_secs(1);
-/// How often leftovers are swept and the kubelet's cgroup is looked after.
-const SWEEP: Duration = Duration::from_secs(10);
 /// What failed is tried again after this.
 const RETRY: Duration = Duration::from_secs(1);
-
-/// `NETLINK_SOCK_DIAG`.
-const SOCK_DIAG: isize = 4;
-const AF_INET: u32 = 2;
-const AF_INET6: u32 = 10;
 
 /// Announces served pods (uid → `namespace/name`) at a revision; the error is for people.
 pub type Announce =
@@ -426,150 +418,6 @@ impl Reconciler {
         self.first_missed.values().any(|since| now.duration_since(*since) < IMPATIENCE)
     }
 
-    // ---- listeners
-
-    /// Opens and hands over the listeners of pods that are enforced and have none.
-    async fn open_listeners(
-        &mut self,
-        world: &World,
-        params: &Params,
-        backlog: u32,
-        now: Instant,
-    ) -> Result<bool, ReconcileError> {
-        let mut opened = false;
-        for pod in own_pods(world, params) {
-            let enforced = plan::wanted_mode(&pod, params).is_some_and(Mode::is_enforced);
-            let Some(found) = self.discovery.found().get(&pod.uid).filter(|_| enforced) else {
-                continue;
-            };
-            let netns = found.netns.clone();
-            let key = EndpointKey { uid: pod.uid.clone(), netns: netns.cookie };
-            let again = match self.listeners.get(&key) {
-                None => true,
-                Some(Listeners::Failed(_, at)) => now.duration_since(*at) >= RETRY,
-                Some(Listeners::Handed(_)) => false,
-            };
-            if !again {
-                continue;
-            }
-            let state = match self.open(&key, &netns, backlog).await? {
-                Ok(ports) => {
-                    opened = true;
-                    Listeners::Handed(ports)
-                }
-                Err(why) => {
-                    opened |= !matches!(self.listeners.get(&key), Some(Listeners::Failed(old, _)) if **old == *why);
-                    Listeners::Failed(why.into(), now)
-                }
-            };
-            self.listeners.insert(key, state);
-        }
-        Ok(opened)
-    }
-
-    /// The inner error is the pod's, the outer one the process's.
-    async fn open(
-        &mut self,
-        key: &EndpointKey,
-        netns: &Arc<NetnsFd>,
-        backlog: u32,
-    ) -> Result<Result<OutboundPorts, String>, ReconcileError> {
-        // Plaintext is refused by this program; without it nothing is served.
-        if let Err(error) = self.deps.programs.attach_lookup(netns) {
-            return Ok(Err(error.to_string()));
-        }
-        let opened = match sockets::open(&self.deps.opener, netns, backlog).await {
-            Ok(opened) => opened,
-            Err(error) => return Ok(Err(error.to_string())),
-        };
-        let mut inbound = Vec::with_capacity(2);
-        for (family, listener) in [(AF_INET, opened.inbound_v4), (AF_INET6, opened.inbound_v6)] {
-            let Some(listener) = listener else { continue };
-            let key = ListenerKey { netns: netns.cookie, family, pad: 0 };
-            if let Err(error) = self.deps.maps.set_listener(key, &listener) {
-                return Ok(Err(error.to_string()));
-            }
-            inbound.push(listener);
-        }
-        let command = ListenerCommand::Serve {
-            key: key.clone(),
-            netns: netns.clone(),
-            outbound: opened.outbound,
-            inbound,
-        };
-        self.deps.listeners.send(command).map_err(|_| ReconcileError::DataPlaneGone)?;
-        Ok(Ok(opened.ports))
-    }
-
-    /// Stops serving endpoints whose pod or sandbox is gone, at once.
-    fn drop_listeners_of_the_gone(&mut self) -> Result<bool, ReconcileError> {
-        let found = self.discovery.found();
-        let gone: Vec<EndpointKey> = self
-            .listeners
-            .keys()
-            .filter(|key| found.get(&key.uid).is_none_or(|f| f.netns.cookie != key.netns))
-            .cloned()
-            .collect();
-        for key in &gone {
-            self.stop(key, Duration::ZERO)?;
-        }
-        Ok(!gone.is_empty())
-    }
-
-    /// Stops serving endpoints that left the mesh; the kernel steers nothing to them now.
-    fn stop_listeners(&mut self, plan: &Plan) -> Result<(), ReconcileError> {
-        let over: Vec<EndpointKey> = self
-            .listeners
-            .keys()
-            .filter(|key| plan.state.endpoints.contains_key(&key.netns))
-            .filter(|key| !plan.listeners.contains(&key.netns))
-            .cloned()
-            .collect();
-        for key in &over {
-            self.stop(key, Duration::ZERO)?;
-        }
-        Ok(())
-    }
-
-    fn stop(&mut self, key: &EndpointKey, drain: Duration) -> Result<(), ReconcileError> {
-        let Some(Listeners::Handed(_)) = self.listeners.remove(key) else { return Ok(()) };
-        for family in [AF_INET, AF_INET6] {
-            let key = ListenerKey { netns: key.netns, family, pad: 0 };
-            if let Err(error) = self.deps.maps.remove_listener(&key) {
-                self.fail("kernel maps", &error);
-            }
-        }
-        let command = ListenerCommand::Stop { key: key.clone(), drain };
-        self.deps.listeners.send(command).map_err(|_| ReconcileError::DataPlaneGone)
-    }
-
-    // ---- sk_lookup programs
-
-    fn attach_lookups(&mut self, plan: &Plan) {
-        let mut failed = Vec::new();
-        for found in self.discovery.found().values() {
-            if plan.lookups.contains(&found.netns.cookie)
-                && let Err(error) = self.deps.programs.attach_lookup(&found.netns)
-            {
-                failed.push(error);
-            }
-        }
-        for error in failed {
-            self.fail("sk_lookup", &error);
-        }
-    }
-
-    fn detach_lookups(&mut self, plan: &Plan) {
-        for cookie in self.deps.programs.pinned_lookups() {
-            if !plan.lookups.contains(&cookie)
-                && !plan.keep.contains(&cookie)
-                && let Err(error) = self.deps.programs.detach_lookup(cookie)
-            {
-                self.fail("sk_lookup", &error);
-            }
-        }
-    }
-
     // ---- identities
 
     /// Pins the names of new numbers; false when one could not be.
@@ -627,210 +475,6 @@ impl Reconciler {
             tracing::error!(%error, "un-announcing this node's pods failed");
         }
     }
-
-    // ---- open flows
-
-    /// Closes direct flows that lost their right. Tunnelled ones are the proxy's. Answers
-    /// the endpoints whose earlier sockets could not be closed.
-    async fn close_flows(
-        &mut self,
-        plan: &Plan,
-        policies_before: &Policies,
-        addresses_before: &HashMap<Ip, AddressEntry>,
-    ) -> Vec<EndpointKey> {
-        let mut failed = Vec::new();
-        let addresses_changed = *addresses_before != self.applied.addresses;
-        let mut attested = None;
-        for (netns, endpoint) in &plan.state.endpoints {
-            let policy_changed = policies_before.get(netns).and_then(Option::as_ref)
-                != self.applied.policies.get(netns).and_then(Option::as_ref);
-            let what = if plan.close_all.contains(netns) {
-                Close::Everything
-            } else if plan.close_plaintext.contains(netns) {
-                Close::NotAsDialledNow
-            } else if endpoint.mode.is_enforced() && (policy_changed || addresses_changed) {
-                Close::Denied
-            } else {
-                continue;
-            };
-            let Some(found) = self.discovery.found().get(&endpoint.key.uid) else { continue };
-            let netns_fd = found.netns.clone();
-            let attested = match &attested {
-                Some(attested) => attested,
-                None => attested.insert(self.attested()),
-            };
-            match self.close_flows_of(&netns_fd, attested, what).await {
-                Ok(flows) if flows.is_empty() => {}
-                Ok(flows) => {
-                    tracing::info!(netns, count = flows.len(), ?what, "closed flows of a pod");
-                    // Nobody listening any more is the daemon's end, not this task's affair.
-                    let _ = self.deps.closed.send(ClosedFlows {
-                        key: endpoint.key.clone(),
-                        flows,
-                        revision: plan.state.revision,
-                    });
-                }
-                Err(error) => {
-                    self.fail("open flows", &error);
-                    if what == Close::Everything {
-                        failed.push(endpoint.key.clone());
-                    }
-                }
-            }
-        }
-        failed
-    }
-
-    async fn close_flows_of(
-        &self,
-        netns: &Arc<NetnsFd>,
-        attested: &HashSet<FlowKey>,
-        what: Close,
-    ) -> Result<Vec<Closed>, KernelError> {
-        let diag = self
-            .deps
-            .opener
-            .netlink(netns, SOCK_DIAG)
-            .await
-            .map_err(|source| KernelError::SockDiag { action: "list", source })?;
-        let verdicts = Verdicts::new(&self.applied, attested);
-        let agent = self.deps.programs.agent().id;
-        rejudge::close(diag.as_fd(), netns.cookie, agent, &verdicts, what)
-    }
-
-    fn attested(&self) -> HashSet<FlowKey> {
-        let rows = self.deps.maps.attested.rows().unwrap_or_default();
-        rows.into_iter().map(|(key, _)| key).collect()
-    }
-
-    // ---- from time to time
-
-    fn beat(&mut self, now: Instant) {
-        if self.last_heartbeat.is_some_and(|last| now.duration_since(last) < HEARTBEAT) {
-            return;
-        }
-        match apply::heartbeat(&mut self.deps.maps) {
-            Ok(()) => self.last_heartbeat = Some(now),
-            Err(error) => self.fail("heartbeat", &error),
-        }
-    }
-
-    /// Sweeps; true when the probes' cgroups changed.
-    fn sweep(&mut self, now: Instant) -> bool {
-        if self.last_sweep.is_some_and(|last| now.duration_since(last) < SWEEP) {
-            return false;
-        }
-        self.last_sweep = Some(now);
-        let registered = self.applied.pods.keys().copied().collect();
-        if let Err(error) = sweep::sweep(&mut self.deps.maps, &registered, clock::monotonic()) {
-            self.fail("sweep", &error);
-        }
-        let hierarchy = self.deps.programs.hierarchy();
-        if self.probes.is_current(hierarchy) {
-            return false;
-        }
-        self.find_probes()
-    }
-
-    fn find_probes(&mut self) -> bool {
-        let programs = &self.deps.programs;
-        let configured = self.deps.config.borrow().probe_cgroups.clone();
-        let found = ProbeCgroups::find(programs.hierarchy(), programs.workloads(), &configured);
-        if found == self.probes {
-            return false;
-        }
-        for problem in &found.problems {
-            tracing::warn!(%problem, "probes");
-        }
-        self.probes = found;
-        true
-    }
-
-    fn report(&self) {
-        let programs = &self.deps.programs;
-        let problem = |subject: &str, message: &String| Problem {
-            subject: subject.to_owned(),
-            message: message.clone(),
-        };
-        let mut problems = self.failures.clone();
-        problems.extend(self.probes.problems.iter().map(|p| problem("probes", p)));
-        problems.extend(programs.warnings().iter().map(|w| problem("programs", w)));
-        problems.extend(self.announce_failed.iter().map(|e| problem("board", e)));
-        let report = KernelReport {
-            programs: programs.attached(),
-            workloads: programs.workloads().name.display().to_string(),
-            pins: programs.pins().display().to_string(),
-            probe_cgroups: self
-                .probes
-                .cgroups
-                .iter()
-                .map(|c| c.name.display().to_string())
-                .collect(),
-            missing_features: Features::missing(programs.features()),
-            problems,
-        };
-        self.deps.report.send_if_modified(|old| {
-            let changed = *old != report;
-            *old = report;
-            changed
-        });
-    }
-}
-
-/// What woke the task.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Woken {
-    /// The world, the configuration or an SVID changed.
-    Changed,
-    /// Time passed, or a directory was made.
-    Time,
-    /// The end.
-    Stop,
-}
-
-/// What the task waits for.
-struct Wake {
-    world: watch::Receiver<Arc<World>>,
-    config: watch::Receiver<Arc<AgentConfig>>,
-    svids: watch::Receiver<u64>,
-    directories: super::watcher::DirectoryWatcher,
-}
-
-impl Wake {
-    fn new(task: &Reconciler) -> Self {
-        let mut world = task.deps.world.clone();
-        world.mark_changed();
-        Self {
-            world,
-            config: task.deps.config.clone(),
-            svids: task.deps.svids.subscribe(),
-            directories: super::watcher::DirectoryWatcher::new(
-                &task.deps.programs.workloads().path,
-            ),
-        }
-    }
-
-    async fn wait(
-        &mut self,
-        task: &Reconciler,
-        stop: &CancellationToken,
-    ) -> Result<Woken, ReconcileError> {
-        let turn = if task.is_impatient() { TURN_WAITING } else { TURN };
-        let next = Instant::now() + turn;
-        let next = task.due.map_or(next, |due| due.min(next));
-        tokio::select! {
-            biased;
-            () = stop.cancelled() => Ok(Woken::Stop),
-            changed = self.world.changed() => {
-                changed.map_err(|_| ReconcileError::WorldGone)?;
-                Ok(Woken::Changed)
-            }
-            Ok(()) = self.config.changed() => Ok(Woken::Changed),
-            Ok(()) = self.svids.changed() => Ok(Woken::Changed),
-            () = self.directories.made() => Ok(Woken::Time),
-            () = tokio::time::sleep_until(next.into()) => Ok(Woken::Time),
-        }
-    }
 }
 
 /// The configuration as the plan needs it.
@@ -871,3 +515,6 @@ fn identity_of(world: &World, pod: &Pod) -> Option<SpiffeId> {
     SpiffeId::for_service_account(&world.trust_domain, &pod.name.namespace, &pod.service_account)
         .ok()
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,8 @@
 //! From the world and what was found on the node to what is to be applied: pure.
 
+mod addresses;
+mod policies;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
     net::IpAddr,
@@ -13,6 +16,7 @@ use signet_ebpf::abi::{
     PodEntry, ServiceKey, address, pod, range, service,
 };
 
+use self::policies::CompiledFrom;
 use super::{
     identities::{Identities, PolicyNumbers},
     phase::{Conditions, Phase},
@@ -22,11 +26,7 @@ use super::{
 };
 use crate::{
     cluster::model::{ObjectName, Pod, PodUid, Problem, World},
-    kernel::maps::MAX_POLICY_ENTRIES,
-    policy::{
-        compile::{CompileInput, PolicyEntry, compile},
-        model::Policy,
-    },
+    policy::{compile::PolicyEntry, model::Policy},
     spiffe::SpiffeId,
 };
 
@@ -152,15 +152,6 @@ pub struct Numbers {
     /// Of policies.
     pub policies: PolicyNumbers,
     compiled: HashMap<u64, (CompiledFrom, Arc<Vec<PolicyEntry>>)>,
-}
-
-/// What a compiled policy was compiled from.
-#[derive(Clone, PartialEq, Debug)]
-struct CompiledFrom {
-    policies: Vec<Arc<Policy>>,
-    default_deny: bool,
-    observe: bool,
-    identities: Arc<BTreeSet<u32>>,
 }
 
 impl Numbers {
@@ -567,137 +558,6 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Who each pod address belongs to: the API's word, and this node's own pods by what
-    /// their network namespaces really have.
-    fn addresses(&mut self, numbers: &mut Numbers) {
-        let world = self.input.world.clone();
-        for (ip, uid) in &world.pods_by_ip {
-            let Some(pod) = world.pods.get(uid) else { continue };
-            let entry = self.address_entry(pod, numbers);
-            self.tables.addresses.insert(Ip::from_std(*ip), entry);
-        }
-        let mut local: Vec<(IpAddr, Arc<Pod>)> = Vec::new();
-        for endpoint in self.endpoints.values() {
-            local.extend(endpoint.addresses.iter().map(|ip| (*ip, endpoint.pod.clone())));
-        }
-        for (ip, pod) in local {
-            if self.may_have(ip, &pod) {
-                let entry = self.address_entry(&pod, numbers);
-                self.tables.addresses.insert(Ip::from_std(ip), entry);
-            } else {
-                self.problems.push(Problem {
-                    subject: subject(&pod.name),
-                    message: format!(
-                        "has {ip} in its network namespace, which belongs to another pod: it is \
-                         not taken for that one's"
-                    ),
-                });
-            }
-        }
-    }
-
-    /// A pod's address is its own unless the API gives it to another pod that lives: a pod
-    /// may put any address on its interface.
-    fn may_have(&self, ip: IpAddr, pod: &Pod) -> bool {
-        let world = self.input.world;
-        let Some(holder) = world.pods_by_ip.get(&ip) else { return true };
-        if *holder == pod.uid || pod.ips.contains(&ip) {
-            return true;
-        }
-        let Some(holder) = world.pods.get(holder) else { return true };
-        let gone_from_here = holder.node.as_ref() == Some(&self.input.params.node)
-            && !self.input.observed.pods.contains_key(&holder.uid);
-        holder.terminating || holder.finished || gone_from_here
-    }
-
-    fn address_entry(&mut self, pod: &Pod, numbers: &mut Numbers) -> AddressEntry {
-        let mut flags = 0;
-        if pod.is_enrollable() && !is_spared(&pod.name.namespace, self.input.params) {
-            flags |= address::ENROLLABLE;
-        }
-        if self.is_enrolled(pod) {
-            flags |= address::ENROLLED;
-            if self.is_served(pod) {
-                flags |= address::SERVED;
-            }
-        }
-        AddressEntry {
-            // Without a number it is a stranger: in no ALLOW, in every DENY of strangers.
-            identity: self.identity(pod, numbers).map_or(IDENTITY_WORLD, |(_, number)| number),
-            kind: address::POD,
-            flags,
-            pad: 0,
-        }
-    }
-
-    /// Own pods are served when they are; others when their node has said so.
-    fn is_served(&self, pod: &Pod) -> bool {
-        if pod.node.as_ref() == Some(&self.input.params.node) {
-            return self.endpoints.values().any(|e| e.key.uid == pod.uid && e.served);
-        }
-        self.input.world.served.contains_key(&pod.uid)
-    }
-
-    /// Every endpoint's compiled policy.
-    fn policies(&mut self, numbers: &mut Numbers) {
-        let world = self.input.world;
-        let names = numbers.identities.names();
-        let known: Vec<(u32, SpiffeId)> = self
-            .identities
-            .iter()
-            .filter_map(|number| Some((*number, names.get(number)?.clone())))
-            .collect();
-        let identities = Arc::new(self.identities.clone());
-        numbers.compiled.retain(|netns, _| self.endpoints.contains_key(netns));
-        for (netns, endpoint) in &self.endpoints {
-            if endpoint.mode == Mode::Off {
-                continue;
-            }
-            let from = CompiledFrom {
-                policies: endpoint.policies.to_vec(),
-                default_deny: endpoint.default_deny,
-                observe: endpoint.mode == Mode::Observe,
-                identities: identities.clone(),
-            };
-            if let Some((compiled_from, entries)) = numbers.compiled.get(netns)
-                && *compiled_from == from
-            {
-                self.tables.policies.insert(*netns, Some(entries.clone()));
-                continue;
-            }
-            let of = |policies, default_deny| {
-                compile(&CompileInput {
-                    policies,
-                    default_deny,
-                    trust_domain: &world.trust_domain,
-                    identities: &known,
-                    number: &|name| numbers.policies.number(name),
-                    observe: from.observe,
-                    max_entries: MAX_POLICY_ENTRIES as usize,
-                })
-            };
-            match of(&from.policies, from.default_deny) {
-                Ok(entries) => {
-                    let entries = Arc::new(entries);
-                    numbers.compiled.insert(*netns, (from, entries.clone()));
-                    self.tables.policies.insert(*netns, Some(entries));
-                }
-                Err(error) => {
-                    if let Some(entry) = self.tables.pods.get_mut(netns) {
-                        entry.flags |= pod::CLOSED;
-                    }
-                    // Nothing passes, whichever of the two rows is written first.
-                    let nothing = of(&[], true).unwrap_or_default();
-                    self.tables.policies.insert(*netns, Some(Arc::new(nothing)));
-                    self.problems.push(Problem {
-                        subject: subject(&endpoint.pod.name),
-                        message: format!("{error}; it is closed"),
-                    });
-                }
-            }
-        }
-    }
-
     fn finish(self, numbers: &Numbers) -> Plan {
         let world = self.with_local_addresses();
         let listeners =
@@ -739,27 +599,6 @@ impl<'a> Planner<'a> {
             wake: self.wake,
         }
     }
-
-    /// The world with this node's own pods at the addresses that they really have: the API
-    /// learns them late.
-    fn with_local_addresses(&self) -> Arc<World> {
-        let world = self.input.world;
-        let mut learnt: Vec<(IpAddr, PodUid)> = Vec::new();
-        for endpoint in self.endpoints.values() {
-            for ip in &endpoint.addresses {
-                let known = world.pods_by_ip.get(ip) == Some(&endpoint.key.uid);
-                if !known && self.may_have(*ip, &endpoint.pod) {
-                    learnt.push((*ip, endpoint.key.uid.clone()));
-                }
-            }
-        }
-        if learnt.is_empty() {
-            return world.clone();
-        }
-        let mut world = World::clone(world);
-        world.pods_by_ip.extend(learnt);
-        Arc::new(world)
-    }
 }
 
 fn subject(name: &ObjectName) -> String {
@@ -780,5 +619,4 @@ fn range_key(net: &IpNet) -> (u32, [u8; 16]) {
 }
 
 #[cfg(test)]
-#[path = "plan_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -1,0 +1,90 @@
+//! What is done from time to time: the heartbeat, sweeping, the kubelet's cgroup, the report.
+
+use std::time::{Duration, Instant};
+
+use super::{
+    super::{apply, probes::ProbeCgroups, sweep},
+    KernelReport, Reconciler,
+};
+use crate::{
+    cluster::model::Problem,
+    kernel::{clock, features::Features},
+};
+
+/// How often the heartbeat is written.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// How often leftovers are swept and the kubelet's cgroup is looked after.
+const SWEEP: Duration = Duration::from_secs(10);
+
+impl Reconciler {
+    pub(super) fn beat(&mut self, now: Instant) {
+        if self.last_heartbeat.is_some_and(|last| now.duration_since(last) < HEARTBEAT) {
+            return;
+        }
+        match apply::heartbeat(&mut self.deps.maps) {
+            Ok(()) => self.last_heartbeat = Some(now),
+            Err(error) => self.fail("heartbeat", &error),
+        }
+    }
+
+    /// Sweeps; true when the probes' cgroups changed.
+    pub(super) fn sweep(&mut self, now: Instant) -> bool {
+        if self.last_sweep.is_some_and(|last| now.duration_since(last) < SWEEP) {
+            return false;
+        }
+        self.last_sweep = Some(now);
+        let registered = self.applied.pods.keys().copied().collect();
+        if let Err(error) = sweep::sweep(&mut self.deps.maps, &registered, clock::monotonic()) {
+            self.fail("sweep", &error);
+        }
+        let hierarchy = self.deps.programs.hierarchy();
+        if self.probes.is_current(hierarchy) {
+            return false;
+        }
+        self.find_probes()
+    }
+
+    pub(super) fn find_probes(&mut self) -> bool {
+        let programs = &self.deps.programs;
+        let configured = self.deps.config.borrow().probe_cgroups.clone();
+        let found = ProbeCgroups::find(programs.hierarchy(), programs.workloads(), &configured);
+        if found == self.probes {
+            return false;
+        }
+        for problem in &found.problems {
+            tracing::warn!(%problem, "probes");
+        }
+        self.probes = found;
+        true
+    }
+
+    pub(super) fn report(&self) {
+        let programs = &self.deps.programs;
+        let problem = |subject: &str, message: &String| Problem {
+            subject: subject.to_owned(),
+            message: message.clone(),
+        };
+        let mut problems = self.failures.clone();
+        problems.extend(self.probes.problems.iter().map(|p| problem("probes", p)));
+        problems.extend(programs.warnings().iter().map(|w| problem("programs", w)));
+        problems.extend(self.announce_failed.iter().map(|e| problem("board", e)));
+        let report = KernelReport {
+            programs: programs.attached(),
+            workloads: programs.workloads().name.display().to_string(),
+            pins: programs.pins().display().to_string(),
+            probe_cgroups: self
+                .probes
+                .cgroups
+                .iter()
+                .map(|c| c.name.display().to_string())
+                .collect(),
+            missing_features: Features::missing(programs.features()),
+            problems,
+        };
+        self.deps.report.send_if_modified(|old| {
+            let changed = *old != report;
+            *old = report;
+            changed
+        });
+    }
+}
