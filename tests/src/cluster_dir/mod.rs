@@ -114,6 +114,15 @@ impl ClusterDir {
         fs::rename(&staged, &target).with_context(|| target.display().to_string())
     }
 
+    /// Writes a node's announcement of whom it serves, as a forger would.
+    pub fn write_board(&self, node: &str, text: &str) -> Result<()> {
+        fs::create_dir_all(self.directory.join("status")).context("status")?;
+        let staged = self.staging.join(format!("board-{node}.yaml"));
+        let target = self.directory.join("status").join(format!("{node}.yaml"));
+        fs::write(&staged, text).with_context(|| staged.display().to_string())?;
+        fs::rename(&staged, &target).with_context(|| target.display().to_string())
+    }
+
     /// Removes a file that [`Self::write_file`] wrote.
     pub fn remove_file(&self, name: &str) -> Result<()> {
         let file = self.directory.join(name);

@@ -3,5 +3,11 @@
 //! What is in `core` is run once more for each variant (`SIGNET_LAB_FAMILY=v4|v6`,
 //! `SIGNET_MASK_FEATURES=5.15`), so it asks the lab for addresses and never assumes a family.
 
+mod agent_dead;
+mod bad_input;
 mod core;
+mod first_packet;
+mod hostile;
 mod mesh;
+mod storm;
+mod transfer;

@@ -1,0 +1,177 @@
+//! Bad input: one clear error with file, field, value and remedy; what ran keeps running.
+
+use std::{fs, time::Duration};
+
+use anyhow::{Result, ensure};
+use signet_lab::{Lab, LabOptions, process::Output, traffic::Role};
+
+use crate::mesh::{Mesh, TCP, TIMEOUT, answered, answered_soon, refused_soon, with_logs};
+
+/// Starts node-1's agent with these further arguments; it must end by itself.
+fn ends(lab: &Lab, flags: &[&str]) -> Result<(i32, String)> {
+    let agent = lab.agent("node-1")?;
+    agent.set_flags(flags);
+    let before = agent.logged().len();
+    agent.start()?;
+    let code = agent.wait_end(TIMEOUT)?;
+    agent.set_flags(&[]);
+    Ok((code, agent.logged()[before..].to_owned()))
+}
+
+fn one_node() -> Result<Lab> {
+    let lab = Lab::with(LabOptions { nodes: 1, ..Default::default() })?;
+    lab.namespace("shop", Some("strict"))?;
+    Ok(lab)
+}
+
+/// One error line that holds every part.
+fn says(log: &str, parts: &[&str]) -> Result<()> {
+    let errors: Vec<&str> = log.lines().filter(|line| line.contains("error")).collect();
+    ensure!(
+        errors.iter().any(|line| parts.iter().all(|part| line.contains(part))),
+        "no line has {parts:?}:\n{log}"
+    );
+    Ok(())
+}
+
+#[test]
+fn flags_and_configuration() -> Result<()> {
+    let lab = one_node()?;
+    let file = lab.directory().join("agent.yaml");
+    let config = file.display().to_string();
+
+    fs::write(&file, "svidTtll: 1h\n")?;
+    let (code, log) = ends(&lab, &["--config", &config])?;
+    ensure!(code == 3, "exit code {code}: {log}");
+    says(&log, &["agent.yaml", "svidTtll", "svidTtl"])?;
+
+    let (code, log) = ends(&lab, &["--svid-ttl", "soon"])?;
+    ensure!(code == 3 || code == 2, "exit code {code}: {log}");
+    says(&log, &["svid-ttl", "soon"])?;
+
+    let (code, log) = ends(&lab, &["--trust-domain", "Cluster Local"])?;
+    ensure!(code == 3, "exit code {code}: {log}");
+    says(&log, &["trust-domain", "Cluster Local"])?;
+
+    let (code, log) = ends(&lab, &["--no-such-flag"])?;
+    ensure!(code == 2, "exit code {code}: {log}");
+    Ok(())
+}
+
+#[test]
+fn a_directory_of_manifests_that_cannot_be_read() -> Result<()> {
+    let lab = one_node()?;
+    lab.cluster().write_file("broken.yaml", "apiVersion: v1\nkind: Pod\nmetadata: [oops\n")?;
+    let (code, log) = ends(&lab, &[])?;
+    ensure!(code == 3, "exit code {code}: {log}");
+    says(&log, &["broken.yaml"])?;
+    lab.cluster().write_file(
+        "broken.yaml",
+        "apiVersion: signet.dev/v1alpha1\nkind: IdentityPolicy\nmetadata: {name: p, namespace: \
+         shop}\nspec:\n  ingress:\n  - from: [{identities: [\"spiffe://UPPER case/x\"]}]\n",
+    )?;
+    let (code, log) = ends(&lab, &[])?;
+    ensure!(code == 3, "exit code {code}: {log}");
+    says(&log, &["broken.yaml", "identities", "UPPER case"])?;
+    // The control: without it the agent starts.
+    lab.cluster().remove_file("broken.yaml")?;
+    lab.agent("node-1")?.start_ready()?;
+    Ok(())
+}
+
+#[test]
+fn a_file_that_breaks_later_keeps_its_last_good_state() -> Result<()> {
+    let mesh = Mesh::start(Some("strict"))?;
+    with_logs(&mesh, |mesh| {
+        let Mesh { lab, frontend, intruder, payments, .. } = mesh;
+        mesh.allow_payments(&["frontend"])?;
+        refused_soon(intruder, payments.at(TCP))?;
+        answered_soon(frontend, payments.at(TCP))?;
+        let file = "identitypolicy.shop.payments-callers.yaml";
+        lab.cluster().write_file(file, "apiVersion: signet.dev/v1alpha1\nkind: [\n")?;
+        for agent in lab.agents() {
+            let problem = agent.wait_problem(file)?;
+            ensure!(!problem["message"].to_string().is_empty(), "{problem}");
+        }
+        crate::mesh::refused(intruder, payments.at(TCP), "still")?;
+        answered(frontend, payments.at(TCP), "still")?;
+        // Mended, it is read again.
+        mesh.allow_payments(&["frontend", "intruder"])?;
+        answered_soon(intruder, payments.at(TCP))?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_pod_without_cgroup_is_reported_with_where_it_was_looked_for() -> Result<()> {
+    let mesh = Mesh::start(Some("strict"))?;
+    with_logs(&mesh, |mesh| {
+        mesh.lab.cluster().apply(serde_json::json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": "ghost", "namespace": "shop", "uid": "0d15ea5e-0000"},
+            "spec": {"nodeName": "node-1", "containers": [{"name": "main", "image": "x"}]},
+            "status": {"phase": "Pending"},
+        }))?;
+        let problem = mesh.lab.agent("node-1")?.wait_problem("shop/ghost")?.to_string();
+        ensure!(problem.contains("waiting") && problem.contains("cgroup"), "{problem}");
+        ensure!(problem.contains("0d15ea5e-0000") && problem.contains("kubepods"), "{problem}");
+        answered_soon(&mesh.frontend, mesh.payments.at(TCP))?;
+        Ok(())
+    })
+}
+
+#[test]
+fn hosts_that_cannot() -> Result<()> {
+    let lab = one_node()?;
+    let node = &lab.nodes()[0];
+
+    let (code, log) = ends(&lab, &["--bpffs", "/proc"])?;
+    ensure!(code == 6 || code == 3, "exit code {code}: {log}");
+    says(&log, &["bpffs", "/proc"])?;
+
+    let (code, log) = ends(&lab, &["--cgroup-root", "/no/such/cgroup"])?;
+    ensure!(code == 6 || code == 3, "exit code {code}: {log}");
+    says(&log, &["/no/such/cgroup"])?;
+
+    // Not root: nobody's uid, everything else as before.
+    let agent = lab.agent("node-1")?;
+    let mut argv = vec!["setpriv".to_owned(), "--reuid=65534".into(), "--clear-groups".into()];
+    argv.push(signet_lab::process::signet_binary()?.display().to_string());
+    argv.extend(agent.arguments()?);
+    let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
+    let Output { status, stderr, .. } = node.agent_place().run(&argv)?;
+    ensure!(status.code() == Some(6) || status.code() == Some(5), "{status}: {stderr}");
+    ensure!(stderr.contains("root"), "{stderr}");
+
+    // The control.
+    agent.start_ready()?;
+    Ok(())
+}
+
+#[test]
+fn a_second_agent_on_one_node_is_refused_and_the_first_goes_on() -> Result<()> {
+    let lab = Lab::start()?;
+    lab.namespace("shop", Some("strict"))?;
+    lab.namespace("legacy", None)?;
+    let server = lab
+        .pod_on(lab.node("node-2")?, "shop", "server")
+        .container("main", Role::tcp(TCP))
+        .start()?;
+    lab.start_agents()?;
+    lab.wait_state(&server, "served")?;
+    // The same run-dir, the same pins, the same pods.
+    let agent = lab.agent("node-2")?;
+    let mut argv = vec![signet_lab::process::signet_binary()?.display().to_string()];
+    argv.extend(agent.arguments()?);
+    let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
+    let mut second = agent.node().agent_place().start_program("second-agent", &argv)?;
+    let status = second.wait(Duration::from_secs(30))?;
+    let said = fs::read_to_string(second.log())?;
+    ensure!(!status.success(), "two agents on one node: {said}");
+    ensure!(said.contains("agent.sock") || said.contains("already"), "{said}");
+    // What ran before keeps running.
+    let client = lab.pod("shop", "client").start()?;
+    lab.wait_state(&client, "served")?;
+    answered_soon(&client, server.at(TCP))?;
+    Ok(())
+}
