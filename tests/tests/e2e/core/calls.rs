@@ -14,9 +14,9 @@ fn curl_crosses_only_in_tunnels_and_in_clear_with_the_namespace_off() -> Result<
     let mesh = Mesh::start(Some("strict"))?;
     with_logs(&mesh, |mesh| {
         let Mesh { lab, frontend, payments, service, .. } = mesh;
-        answered_soon(frontend, payments.at(TCP))?;
-
+        // From before the first connection: a tunnel can only be read from its beginning.
         let capture = lab.capture("strict")?;
+        answered_soon(frontend, payments.at(TCP))?;
         for address in payments.all_at(HTTP) {
             let answer = frontend.curl(&format!("http://{address}/marker-7c41"))?.success()?;
             ensure!(answer.contains("/marker-7c41"), "{answer}");
