@@ -287,3 +287,161 @@ fn hex(bytes: &[u8]) -> String {
 fn crypto(error: impl fmt::Display) -> CaError {
     CaError::Crypto(error.to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{IsCa, SanType};
+
+    use super::*;
+    use crate::spiffe::{forge::valid, leaf::Leaf};
+
+    fn td() -> TrustDomain {
+        TrustDomain::parse("td").unwrap()
+    }
+
+    fn now() -> Timestamp {
+        Timestamp::from_second(1_800_000_000).unwrap()
+    }
+
+    fn web() -> SpiffeId {
+        SpiffeId::for_service_account(&td(), "shop", "web").unwrap()
+    }
+
+    fn public_key() -> Vec<u8> {
+        KeyPair::generate().unwrap().subject_public_key_info()
+    }
+
+    #[test]
+    fn a_leaf_is_what_the_standard_asks_for() {
+        let root = Root::create(&td(), now()).unwrap();
+        let key = public_key();
+        let der = root.sign_leaf(&web(), &key, now(), Duration::from_secs(3600)).unwrap();
+        let leaf = Leaf::parse(&der).unwrap();
+        assert_eq!(leaf.id, web());
+        assert_eq!(leaf.not_before, now() - SignedDuration::from_mins(5));
+        assert_eq!(leaf.not_after, now() + SignedDuration::from_hours(1));
+        let (_, parsed) = X509Certificate::from_der(&der).unwrap();
+        assert_eq!(parsed.public_key().raw, key);
+        let constraints = parsed.basic_constraints().unwrap().expect("an explicit CA:FALSE");
+        assert!(!constraints.value.ca);
+        let usage = parsed.key_usage().unwrap().unwrap();
+        assert!(usage.critical && usage.value.digital_signature() && usage.value.flags == 1);
+        let usage = parsed.extended_key_usage().unwrap().unwrap().value;
+        assert!(usage.server_auth && usage.client_auth && !usage.any);
+        let san = parsed.subject_alternative_name().unwrap().unwrap();
+        assert!(san.critical, "the subject is empty");
+        assert_eq!(san.value.general_names, [GeneralName::URI(web().as_str())]);
+        let again = root.sign_leaf(&web(), &key, now(), Duration::from_secs(3600)).unwrap();
+        let (_, again) = X509Certificate::from_der(&again).unwrap();
+        assert_ne!(parsed.raw_serial(), again.raw_serial());
+    }
+
+    #[test]
+    fn a_leaf_does_not_outlive_the_root() {
+        let root = Root::create(&td(), now()).unwrap();
+        let late = root.not_after() - SignedDuration::from_secs(60);
+        let sign = |at, ttl| root.sign_leaf(&web(), &public_key(), at, ttl);
+        let leaf = Leaf::parse(&sign(late, Duration::from_secs(3600)).unwrap()).unwrap();
+        assert_eq!(leaf.not_after, root.not_after());
+        let leaf = Leaf::parse(&sign(late, Duration::MAX).unwrap()).unwrap();
+        assert_eq!(leaf.not_after, root.not_after());
+        let ended = sign(root.not_after(), Duration::from_secs(3600));
+        assert!(matches!(ended, Err(CaError::Expired { .. })));
+    }
+
+    #[test]
+    fn signs_for_workloads_of_its_own_domain_only() {
+        let root = Root::create(&td(), now()).unwrap();
+        let sign = |id: &str, key: &[u8]| {
+            root.sign_leaf(&SpiffeId::parse(id).unwrap(), key, now(), Duration::from_secs(60))
+        };
+        assert!(sign("spiffe://td/ns/a/sa/b", &public_key()).is_ok());
+        let foreign = sign("spiffe://other/ns/a/sa/b", &public_key());
+        assert!(matches!(foreign, Err(CaError::WrongTrustDomain { .. })));
+        assert!(matches!(sign("spiffe://td", &public_key()), Err(CaError::NotAWorkload(_))));
+        assert!(matches!(sign("spiffe://td/a", b"no key"), Err(CaError::PublicKey(_))));
+    }
+
+    #[test]
+    fn pem_round_trip() {
+        let root = Root::create(&td(), now()).unwrap();
+        let same = Root::from_pem(root.to_pem().as_bytes(), &td(), now()).unwrap();
+        assert_eq!(same.certificate(), root.certificate());
+        assert_eq!(same.bundle().unwrap(), root.bundle().unwrap());
+        let leaf = same.sign_leaf(&web(), &public_key(), now(), Duration::from_secs(60)).unwrap();
+        let bundle = std::sync::Arc::new(root.bundle().unwrap());
+        use crate::spiffe::validate::{PeerRole, validate};
+        assert!(validate(&leaf, &[], |_| Some(bundle), PeerRole::Server, now()).is_ok());
+        assert!(!format!("{root:?}").to_lowercase().contains("key"));
+    }
+
+    #[test]
+    fn files_that_are_no_root() {
+        let root = Root::create(&td(), now()).unwrap();
+        let other = Root::create(&td(), now()).unwrap();
+        let text = root.to_pem();
+        let (certificate, key) = text.split_at(text.find("-----BEGIN PRIVATE").unwrap());
+        let (certificate, key) = (certificate.to_owned(), key.to_owned());
+        let other_key = other.issuer.key().serialize_pem();
+        let read = |text: &str| Root::from_pem(text.as_bytes(), &td(), now());
+        assert!(read(&(key.clone() + &certificate)).is_ok(), "in any order");
+
+        let pem = |text: &str| matches!(read(text), Err(CaError::Pem(_)));
+        assert!(pem(""));
+        assert!(pem("garbage"));
+        assert!(pem(&certificate));
+        assert!(pem(&key));
+        assert!(pem(&(root.to_pem() + &other_key)));
+        assert!(pem(&(root.to_pem() + &certificate)));
+        assert!(pem(&root.to_pem().replace("-----END PRIVATE KEY-----", "")));
+        assert!(pem(&(root.to_pem().replace("PRIVATE KEY", "PUBLIC KEY"))));
+        assert!(matches!(read(&(certificate.clone() + &other_key)), Err(CaError::KeyMismatch)));
+        let no_key =
+            certificate.clone() + "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n";
+        assert!(matches!(read(&no_key), Err(CaError::Key)));
+
+        let foreign = TrustDomain::parse("other").unwrap();
+        let error = Root::from_pem(root.to_pem().as_bytes(), &foreign, now()).unwrap_err();
+        assert!(matches!(error, CaError::ForeignTrustDomain { .. }));
+        assert!(error.to_string().contains("trustDomain"), "{error}");
+        let late = root.not_after() + SignedDuration::from_secs(1);
+        let error = Root::from_pem(root.to_pem().as_bytes(), &td(), late).unwrap_err();
+        assert!(matches!(error, CaError::Expired { .. }));
+    }
+
+    #[test]
+    fn certificates_that_are_no_root() {
+        let key = KeyPair::generate().unwrap();
+        let make = |change: &dyn Fn(&mut CertificateParams)| {
+            let mut params = CertificateParams::default();
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+            params.subject_alt_names = vec![SanType::URI("spiffe://td".try_into().unwrap())];
+            valid(&mut params, -60, 3600);
+            change(&mut params);
+            let certificate = params.self_signed(&key).unwrap();
+            Root::from_pem(
+                (certificate.pem() + &key.serialize_pem()).as_bytes(),
+                &td(),
+                Timestamp::now(),
+            )
+        };
+        let uris = |uris: &[&str]| {
+            let names: Vec<_> = uris.iter().map(|&u| SanType::URI(u.try_into().unwrap())).collect();
+            make(&|p| p.subject_alt_names = names.clone())
+        };
+        assert!(make(&|_| {}).is_ok());
+        for (no_domain, found) in [
+            (uris(&[]), "0 URIs"),
+            (uris(&["spiffe://td", "spiffe://other"]), "2 URIs"),
+            (uris(&["https://td"]), "https://td"),
+            (uris(&["spiffe://td/ns/a/sa/b"]), "spiffe://td/ns/a/sa/b"),
+        ] {
+            let error = no_domain.unwrap_err();
+            assert!(matches!(error, CaError::NoTrustDomain { .. }));
+            assert!(error.to_string().contains(found), "{error}");
+        }
+        assert!(matches!(make(&|p| p.is_ca = IsCa::ExplicitNoCa), Err(CaError::NotAuthority(_))));
+        assert!(matches!(make(&|p| valid(p, -60, -30)), Err(CaError::Expired { .. })));
+    }
+}

@@ -144,3 +144,60 @@ impl fmt::Debug for Bundle {
         f.debug_struct("Bundle").field("authorities", &self.authorities.len()).finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{IsCa, KeyUsagePurpose};
+
+    use super::*;
+    use crate::spiffe::forge::Forger;
+
+    fn pem(certificate: &CertificateDer<'_>) -> String {
+        pem::encode(&pem::Pem::new("CERTIFICATE", certificate.to_vec()))
+    }
+
+    #[test]
+    fn pem_with_several_authorities() {
+        let (a, b) = (Forger::root("a"), Forger::root("b"));
+        let text = pem(&a.certificate) + &pem(&b.certificate) + &pem(&a.certificate);
+        let bundle = Bundle::from_pem(text.as_bytes()).unwrap();
+        assert!(
+            bundle.certificates().eq([&a.certificate, &b.certificate]),
+            "duplicates count once"
+        );
+        assert_eq!(Bundle::from_der([]).unwrap().certificates().len(), 0);
+        assert_eq!(format!("{bundle:?}"), "Bundle { authorities: 2 }");
+        let no_usage = Forger::root_with("c", |p| p.key_usages.clear());
+        assert!(Bundle::from_der([no_usage.certificate]).is_ok());
+    }
+
+    #[test]
+    fn what_is_no_bundle() {
+        use BundleError as E;
+        let root = Forger::root("a");
+        let leaf = root.leaf("spiffe://td/a").chain.remove(0);
+        let no_sign =
+            Forger::root_with("b", |p| p.key_usages = vec![KeyUsagePurpose::DigitalSignature]);
+        let no_ca = Forger::root_with("c", |p| p.is_ca = IsCa::ExplicitNoCa);
+        let not_authority = |c| Bundle::from_der([root.certificate.clone(), c]).unwrap_err();
+        for certificate in [leaf, no_sign.certificate, no_ca.certificate] {
+            assert!(matches!(not_authority(certificate), E::NotAuthority { index: 2, .. }));
+        }
+        for text in
+            ["", "garbage", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"]
+        {
+            assert!(matches!(Bundle::from_pem(text.as_bytes()), Err(E::Pem(_))), "{text}");
+        }
+        let cut = pem(&root.certificate).replace("-----END CERTIFICATE-----", "");
+        assert!(matches!(Bundle::from_pem(cut.as_bytes()), Err(E::Pem(_))));
+        let broken = CertificateDer::from(root.certificate[..40].to_vec());
+        assert!(matches!(Bundle::from_der([broken]), Err(E::Malformed { index: 1, .. })));
+    }
+
+    #[test]
+    fn the_number_of_authorities_has_a_limit() {
+        let roots: Vec<_> = (0..=MAX_AUTHORITIES).map(|_| Forger::root("a").certificate).collect();
+        assert!(Bundle::from_der(roots[1..].iter().cloned()).is_ok());
+        assert_eq!(Bundle::from_der(roots), Err(BundleError::TooMany(MAX_AUTHORITIES + 1)));
+    }
+}

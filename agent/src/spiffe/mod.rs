@@ -1,6 +1,8 @@
 //! SPIFFE IDs, trust domains, bundles and SVIDs: parse, validate, encode. Pure.
 
 pub mod bundle;
+#[cfg(test)]
+pub(crate) mod forge;
 pub mod id;
 pub mod leaf;
 pub mod svid;

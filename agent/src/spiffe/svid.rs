@@ -84,3 +84,38 @@ impl fmt::Debug for Svid {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spiffe::forge::{Forged, Forger};
+
+    const ID: &str = "spiffe://td/ns/shop/sa/web";
+
+    #[test]
+    fn chain_and_key_belong_together() {
+        let root = Forger::root("root");
+        let Forged { chain, key } = root.leaf(ID);
+        let svid = Svid::new(chain.clone(), key.clone_key()).unwrap();
+        assert_eq!(svid.id.as_str(), ID);
+        assert!(svid.is_valid_at(Timestamp::now()) && !svid.is_valid_at(Timestamp::MAX));
+
+        assert_eq!(Svid::new(vec![], key.clone_key()).unwrap_err(), SvidError::Empty);
+        let other = root.leaf(ID).key;
+        assert_eq!(
+            Svid::new(chain.clone(), other).unwrap_err(),
+            SvidError::KeyMismatch(svid.id.clone())
+        );
+        let junk = PrivatePkcs8KeyDer::from(vec![1, 2, 3]);
+        assert_eq!(Svid::new(chain, junk).unwrap_err(), SvidError::Key(svid.id.clone()));
+        let error = Svid::new(vec![root.certificate.clone()], key).unwrap_err();
+        assert_eq!(error, SvidError::Leaf(LeafError::NoSan));
+    }
+
+    #[test]
+    fn debug_shows_no_key() {
+        let svid = Forger::root("root").svid(ID);
+        let shown = format!("{svid:?}");
+        assert!(shown.contains(ID) && !shown.contains("key"), "{shown}");
+    }
+}

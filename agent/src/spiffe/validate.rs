@@ -247,3 +247,250 @@ fn build_path(
         .map_err(failed)?;
     Ok(signers.not_after)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::LazyLock;
+
+    use proptest::prelude::*;
+    use rcgen::{
+        BasicConstraints, CertificateParams, CustomExtension, DnType,
+        ExtendedKeyUsagePurpose as Eku, IsCa, KeyUsagePurpose as Usage, SanType,
+    };
+
+    use super::*;
+    use crate::spiffe::forge::{Forged, Forger, valid};
+
+    const ID: &str = "spiffe://td/ns/shop/sa/web";
+    const SAN_OID: &[u64] = &[2, 5, 29, 17];
+    const KEY_USAGE_OID: &[u64] = &[2, 5, 29, 15];
+
+    /// Validates against a table of domains and their roots, now, as both roles.
+    fn check(forged: &Forged, trusted: &[(&str, &Forger)]) -> Result<Validated, ValidationError> {
+        let verdict = |role| {
+            let bundle_of = |domain: &TrustDomain| {
+                let found = trusted.iter().find(|(name, _)| *name == domain.as_str());
+                found.map(|(_, root)| Arc::new(root.bundle()))
+            };
+            validate(&forged.chain[0], &forged.chain[1..], bundle_of, role, Timestamp::now())
+        };
+        let (client, server) = (verdict(PeerRole::Client), verdict(PeerRole::Server));
+        assert_eq!(client, server);
+        client
+    }
+
+    fn names(names: &[SanType]) -> impl FnOnce(&mut CertificateParams) {
+        let names = names.to_vec();
+        |params| params.subject_alt_names = names
+    }
+
+    fn uri(text: &str) -> SanType {
+        SanType::URI(text.try_into().unwrap())
+    }
+
+    fn dns(text: &str) -> SanType {
+        SanType::DnsName(text.try_into().unwrap())
+    }
+
+    #[test]
+    fn leaves_that_are_accepted() {
+        let root = Forger::root("root");
+        let good = [
+            root.leaf(ID),
+            root.leaf("SPIFFE://TD/ns/shop/sa/web"),
+            root.leaf_with(ID, names(&[dns("web.shop"), uri(ID)])),
+            root.leaf_with(ID, |p| p.extended_key_usages.clear()),
+            root.leaf_with(ID, |p| p.is_ca = IsCa::NoCa),
+            root.leaf_with(ID, |p| p.distinguished_name.push(DnType::CommonName, "web")),
+            root.leaf_with(ID, |p| p.key_usages.push(Usage::KeyEncipherment)),
+        ];
+        for (i, forged) in good.iter().enumerate() {
+            let peer = check(forged, &[("td", &root)]).unwrap_or_else(|e| panic!("{i}: {e}"));
+            assert_eq!(peer.id.as_str(), ID);
+            let left = peer.not_after.duration_since(Timestamp::now()).as_secs();
+            assert!((3590..=3600).contains(&left), "{left}");
+        }
+    }
+
+    #[test]
+    fn leaves_that_are_refused() {
+        let root = Forger::root("root");
+        let critical = |oid: &[u64], content: &[u8]| {
+            let mut extension = CustomExtension::from_oid_content(oid, content.to_vec());
+            extension.set_criticality(true);
+            extension
+        };
+        // KeyUsage ::= BIT STRING { digitalSignature } but not critical; SAN without names.
+        let loose_usage = CustomExtension::from_oid_content(KEY_USAGE_OID, vec![3, 2, 7, 0x80]);
+        let second_san = CustomExtension::from_oid_content(SAN_OID, vec![0x30, 0]);
+        let unknown = critical(&[1, 3, 6, 1, 4, 1, 99999, 1], &[5, 0]);
+        let broken_constraints = critical(&[2, 5, 29, 19], &[0x30, 3, 1, 1]);
+        let cases: Vec<(&str, Forged)> = vec![
+            ("no_san", root.leaf_with(ID, names(&[]))),
+            ("no_uri_san", root.leaf_with(ID, names(&[dns("web.shop")]))),
+            ("several_uri_sans", root.leaf_with(ID, names(&[uri(ID), uri("spiffe://td/admin")]))),
+            ("several_uri_sans", root.leaf_with(ID, names(&[uri(ID), uri("https://a")]))),
+            ("several_uri_sans", root.leaf_with(ID, names(&[uri(ID), uri(ID)]))),
+            ("not_a_spiffe_id", root.leaf("https://td/ns/shop/sa/web")),
+            ("not_a_spiffe_id", root.leaf("spiffe://td/ns/shop/sa/web?admin")),
+            ("not_a_spiffe_id", root.leaf("spiffe://td/ns/shop/../sa/web")),
+            ("no_path", root.leaf("spiffe://td")),
+            (
+                "leaf_is_ca",
+                root.leaf_with(ID, |p| p.is_ca = IsCa::Ca(BasicConstraints::Unconstrained)),
+            ),
+            (
+                "malformed_certificate",
+                root.leaf_with(ID, |p| {
+                    p.is_ca = IsCa::NoCa;
+                    p.custom_extensions.push(broken_constraints);
+                }),
+            ),
+            ("key_usage", root.leaf_with(ID, |p| p.key_usages.clear())),
+            ("key_usage", root.leaf_with(ID, |p| p.key_usages = vec![Usage::KeyAgreement])),
+            ("key_usage", root.leaf_with(ID, |p| p.key_usages.push(Usage::KeyCertSign))),
+            ("key_usage", root.leaf_with(ID, |p| p.key_usages.push(Usage::CrlSign))),
+            (
+                "key_usage",
+                root.leaf_with(ID, |p| {
+                    p.key_usages.clear();
+                    p.custom_extensions.push(loose_usage);
+                }),
+            ),
+            (
+                "extended_key_usage",
+                root.leaf_with(ID, |p| p.extended_key_usages = vec![Eku::ClientAuth]),
+            ),
+            (
+                "extended_key_usage",
+                root.leaf_with(ID, |p| p.extended_key_usages = vec![Eku::ServerAuth]),
+            ),
+            ("malformed_certificate", root.leaf_with(ID, |p| p.custom_extensions.push(second_san))),
+            ("path_invalid", root.leaf_with(ID, |p| p.custom_extensions.push(unknown))),
+        ];
+        for (i, (kind, forged)) in cases.iter().enumerate() {
+            let error = check(forged, &[("td", &root)]).expect_err(kind);
+            assert_eq!(
+                (error.kind(), error.reason()),
+                (*kind, Reason::UntrustedPeer),
+                "{i}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn bytes_that_are_no_certificate() {
+        let root = Forger::root("root");
+        let good = root.leaf(ID).chain.remove(0);
+        let longer = [good.as_ref(), &[0]].concat();
+        let shorter = good[..good.len() - 1].to_vec();
+        let huge = vec![0x30; crate::spiffe::leaf::MAX_LEAF_LEN + 1];
+        for bytes in [longer, shorter, huge, vec![], b"GET / HTTP/1.1".to_vec()] {
+            let mut forged = root.leaf(ID);
+            forged.chain = vec![CertificateDer::from(bytes)];
+            let error = check(&forged, &[("td", &root)]).unwrap_err();
+            assert_eq!(error.kind(), "malformed_certificate", "{error}");
+        }
+    }
+
+    #[test]
+    fn only_the_bundle_of_the_own_trust_domain_counts() {
+        let (ours, theirs) = (Forger::root("ours"), Forger::root("theirs"));
+        let same_name = Forger::root("ours");
+        let both = [("td", &ours), ("other", &theirs)];
+        let foreign = "spiffe://other/ns/shop/sa/web";
+        let kind = |forged: Forged, trusted: &[_]| check(&forged, trusted).map_err(|e| e.kind());
+
+        assert!(kind(ours.leaf(ID), &both).is_ok());
+        assert!(kind(theirs.leaf(foreign), &both).is_ok());
+        for (expected, forged, trusted) in [
+            ("other_root", theirs.leaf(ID), &both[..]),
+            ("other_root", ours.leaf(foreign), &both),
+            ("other_root", same_name.leaf(ID), &both),
+            ("wrong_trust_domain", theirs.leaf(foreign), &both[..1]),
+            ("wrong_trust_domain", ours.leaf(foreign), &both[..1]),
+            ("wrong_trust_domain", ours.leaf(ID), &[]),
+        ] {
+            assert_eq!(kind(forged, trusted), Err(expected));
+        }
+
+        let revoked = |_: &TrustDomain| Some(Arc::new(Bundle::from_der([]).unwrap()));
+        let leaf = &ours.leaf(ID).chain[0];
+        let error = validate(leaf, &[], revoked, PeerRole::Client, Timestamp::now()).unwrap_err();
+        assert_eq!(error.kind(), "other_root", "an empty bundle trusts nothing");
+    }
+
+    #[test]
+    fn times() {
+        let root = Forger::root("root");
+        let other = Forger::root("other");
+        let expired = |from: &Forger| from.leaf_with(ID, |p| valid(p, -7200, -60));
+        let early = |from: &Forger| from.leaf_with(ID, |p| valid(p, 60, 7200));
+        let old_root = Forger::root_with("old", |p| valid(p, -7200, -60));
+        let trusted = [("td", &root)];
+        for (kind, reason, forged, trusted) in [
+            ("expired", Reason::SvidExpired, expired(&root), &trusted),
+            ("not_yet_valid", Reason::UntrustedPeer, early(&root), &trusted),
+            // What nobody trusted has signed is never called "expired".
+            ("other_root", Reason::UntrustedPeer, expired(&other), &trusted),
+            ("other_root", Reason::UntrustedPeer, early(&other), &trusted),
+            ("authority_expired", Reason::UntrustedPeer, old_root.leaf(ID), &[("td", &old_root)]),
+            ("other_root", Reason::UntrustedPeer, other.leaf(ID), &[("td", &old_root)]),
+        ] {
+            let error = check(&forged, trusted).unwrap_err();
+            assert_eq!((error.kind(), error.reason()), (kind, reason), "{error}");
+        }
+        assert!(check(&root.leaf_with(ID, |p| valid(p, -1, 5)), &trusted).is_ok());
+    }
+
+    #[test]
+    fn intermediates() {
+        let root = Forger::root("root");
+        let trusted = [("td", &root)];
+        let middle = root.intermediate("middle", |p| valid(p, -60, 600));
+        let peer = check(&middle.leaf(ID).with(&[&middle.certificate]), &trusted).unwrap();
+        let left = peer.not_after.duration_since(Timestamp::now()).as_secs();
+        assert!((590..=600).contains(&left), "the chain ends with its first certificate: {left}");
+        let junk = CertificateDer::from(vec![1, 2, 3]);
+        assert!(check(&root.leaf(ID).with(&[&junk]), &trusted).is_ok(), "not on the path");
+
+        let no_ca = root.intermediate("a", |p| p.is_ca = IsCa::ExplicitNoCa);
+        let no_sign = root.intermediate("b", |p| p.key_usages = vec![Usage::DigitalSignature]);
+        let no_usage = root.intermediate("c", |p| p.key_usages.clear());
+        let ended = root.intermediate("d", |p| valid(p, -600, -60));
+        let narrow =
+            root.intermediate("e", |p| p.is_ca = IsCa::Ca(BasicConstraints::Constrained(0)));
+        let below = narrow.intermediate("f", |_| {});
+        for (kind, forged) in [
+            ("other_root", middle.leaf(ID)),
+            ("unfit_intermediate", no_ca.leaf(ID).with(&[&no_ca.certificate])),
+            ("unfit_intermediate", no_sign.leaf(ID).with(&[&no_sign.certificate])),
+            ("unfit_intermediate", no_usage.leaf(ID).with(&[&no_usage.certificate])),
+            ("path_invalid", ended.leaf(ID).with(&[&ended.certificate])),
+            ("path_invalid", below.leaf(ID).with(&[&below.certificate, &narrow.certificate])),
+            ("chain_too_long", root.leaf(ID).with(&[&middle.certificate; MAX_INTERMEDIATES + 1])),
+        ] {
+            let error = check(&forged, &trusted).expect_err(kind);
+            assert_eq!((error.kind(), error.reason()), (kind, Reason::UntrustedPeer), "{error}");
+        }
+    }
+
+    static GOOD: LazyLock<(Forger, Forged)> = LazyLock::new(|| {
+        let root = Forger::root("root");
+        let leaf = root.leaf(ID);
+        (root, leaf)
+    });
+
+    proptest! {
+        #[test]
+        fn a_changed_byte_is_never_accepted(at in any::<prop::sample::Index>(), bits in 1u8..) {
+            let (root, leaf) = &*GOOD;
+            let mut bytes = leaf.chain[0].to_vec();
+            let i = at.index(bytes.len());
+            bytes[i] ^= bits;
+            let bundle_of = |_: &TrustDomain| Some(Arc::new(root.bundle()));
+            let leaf = CertificateDer::from(bytes);
+            prop_assert!(validate(&leaf, &[], bundle_of, PeerRole::Client, Timestamp::now()).is_err());
+        }
+    }
+}

@@ -190,8 +190,8 @@ impl Keeper {
                         return; // no handle is left; the requests in flight end with the set
                     }
                 }
-                Some(joined) = self.requests.join_next_with_id() => match joined {
-                    Ok((_, outcome)) => self.settle(outcome),
+                Some(joined) = self.requests.join_next() => match joined {
+                    Ok(outcome) => self.settle(outcome),
                     // A panic inside the issuer: every entry that waits for an answer that
                     // cannot come any more is asked for again.
                     Err(e) => self.lost(&e),
@@ -345,5 +345,238 @@ async fn obtain(
         Ok(svid)
     } else {
         Err(IssueError::NotValidNow(svid.id))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering::SeqCst};
+
+    use jiff::SignedDuration;
+
+    use super::*;
+    use crate::{ca::Root, spiffe::TrustDomain, svid::issuer::IssueFuture};
+
+    /// Signs with a root, and misbehaves as told.
+    struct TestIssuer {
+        root: Root,
+        ttl: Duration,
+        delay: Duration,
+        /// So many requests fail first.
+        failures: AtomicUsize,
+        /// So many requests panic first.
+        panics: AtomicUsize,
+        /// Answers for this identity, whatever is asked for.
+        answers: Option<SpiffeId>,
+        requests: AtomicUsize,
+        running: AtomicUsize,
+        most_running: AtomicUsize,
+    }
+
+    impl TestIssuer {
+        fn new() -> Self {
+            Self {
+                root: Root::create(&td(), Timestamp::now()).unwrap(),
+                ttl: Duration::from_secs(3600),
+                delay: Duration::ZERO,
+                failures: AtomicUsize::new(0),
+                panics: AtomicUsize::new(0),
+                answers: None,
+                requests: AtomicUsize::new(0),
+                running: AtomicUsize::new(0),
+                most_running: AtomicUsize::new(0),
+            }
+        }
+
+        fn requests(&self) -> usize {
+            self.requests.load(SeqCst)
+        }
+    }
+
+    fn take_one(n: &AtomicUsize) -> bool {
+        n.fetch_update(SeqCst, SeqCst, |n| n.checked_sub(1)).is_ok()
+    }
+
+    impl Issuer for TestIssuer {
+        fn issue<'a>(&'a self, request: &'a SvidRequest) -> IssueFuture<'a> {
+            Box::pin(async move {
+                self.requests.fetch_add(1, SeqCst);
+                let running = self.running.fetch_add(1, SeqCst) + 1;
+                self.most_running.fetch_max(running, SeqCst);
+                time::sleep(self.delay).await;
+                self.running.fetch_sub(1, SeqCst);
+                assert!(!take_one(&self.panics), "told to panic");
+                if take_one(&self.failures) {
+                    return Err(IssueError::Internal("told to fail".into()));
+                }
+                let id = self.answers.as_ref().unwrap_or(request.id());
+                let key = request.public_key();
+                Ok(vec![self.root.sign_leaf(id, &key, Timestamp::now(), self.ttl)?])
+            })
+        }
+    }
+
+    fn td() -> TrustDomain {
+        TrustDomain::parse("td").unwrap()
+    }
+
+    fn id(account: &str) -> SpiffeId {
+        SpiffeId::for_service_account(&td(), "shop", account).unwrap()
+    }
+
+    fn ids(accounts: impl IntoIterator<Item = impl AsRef<str>>) -> BTreeSet<SpiffeId> {
+        accounts.into_iter().map(|a| id(a.as_ref())).collect()
+    }
+
+    fn quick() -> SvidParams {
+        SvidParams {
+            first_retry: Duration::from_millis(10),
+            longest_retry: Duration::from_millis(40),
+            timeout: Duration::from_millis(200),
+            ..SvidParams::default()
+        }
+    }
+
+    fn start(issuer: TestIssuer, params: SvidParams) -> (Arc<TestIssuer>, SvidHandle) {
+        let issuer = Arc::new(issuer);
+        (Arc::clone(&issuer), SvidManager::start(issuer, params))
+    }
+
+    async fn until(handle: &SvidHandle, what: &str, holds: impl Fn(&SvidHandle) -> bool) {
+        let deadline = time::Instant::now() + Duration::from_secs(10);
+        while !holds(handle) {
+            assert!(time::Instant::now() < deadline, "{what}: {:?}", handle.status());
+            time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn wanted_identities_are_obtained_and_unwanted_forgotten() {
+        let (issuer, handle) = start(TestIssuer::new(), quick());
+        let mut changes = handle.subscribe();
+        assert_eq!((handle.get(&id("a")).is_none(), issuer.requests()), (true, 0));
+        handle.want(ids(["a", "b"]));
+        until(&handle, "both", |h| h.get(&id("a")).is_some() && h.get(&id("b")).is_some()).await;
+        assert!(changes.has_changed().unwrap());
+        changes.mark_unchanged();
+        let a = handle.get(&id("a")).unwrap();
+        assert_eq!(a.id, id("a"));
+        assert_ne!(a.private_key(), handle.get(&id("b")).unwrap().private_key());
+        let status = handle.status();
+        assert_eq!(status.len(), 2);
+        assert_eq!(
+            (&status[0].id, status[0].failures, &status[0].last_error),
+            (&id("a"), 0, &None)
+        );
+        let left = status[0].next_request.duration_since(Timestamp::now()).as_secs();
+        assert!((1400..=2200).contains(&left), "renewed at about half of an hour, not {left} s");
+
+        handle.want(ids(["b", "c"]));
+        until(&handle, "c for a", |h| h.get(&id("c")).is_some() && h.get(&id("a")).is_none()).await;
+        assert!(changes.has_changed().unwrap());
+        assert_eq!(issuer.requests(), 3, "b is kept");
+        handle.want(BTreeSet::new());
+        until(&handle, "nothing", |h| h.status().is_empty() && h.get(&id("b")).is_none()).await;
+    }
+
+    #[tokio::test]
+    async fn failures_are_shown_and_tried_again() {
+        let issuer = TestIssuer { failures: AtomicUsize::new(4), ..TestIssuer::new() };
+        let (issuer, handle) = start(issuer, quick());
+        handle.want(ids(["a"]));
+        until(&handle, "failures", |h| h.status().first().is_some_and(|s| s.failures >= 2)).await;
+        let status = handle.status().remove(0);
+        assert!(status.last_error.is_some_and(|e| e.contains("told to fail")));
+        assert_eq!(status.validity, None);
+        until(&handle, "success", |h| h.get(&id("a")).is_some()).await;
+        until(&handle, "the error goes", |h| h.status()[0].last_error.is_none()).await;
+        assert_eq!(issuer.requests(), 5);
+    }
+
+    #[tokio::test]
+    async fn a_wrong_answer_is_no_svid() {
+        let issuer = TestIssuer { answers: Some(id("admin")), ..TestIssuer::new() };
+        let (_, handle) = start(issuer, quick());
+        handle.want(ids(["a"]));
+        until(&handle, "refusal", |h| h.status().first().is_some_and(|s| s.failures > 0)).await;
+        assert!(handle.status()[0].last_error.as_ref().unwrap().contains("admin"));
+        assert!(handle.get(&id("a")).is_none() && handle.get(&id("admin")).is_none());
+    }
+
+    #[tokio::test]
+    async fn a_slow_issuer_is_a_failure_and_a_panic_is_survived() {
+        let slow = TestIssuer { delay: Duration::from_secs(60), ..TestIssuer::new() };
+        let (_, handle) = start(slow, quick());
+        handle.want(ids(["a"]));
+        until(&handle, "timeout", |h| h.status().first().is_some_and(|s| s.failures > 0)).await;
+        assert!(handle.status()[0].last_error.as_ref().unwrap().contains("within 200ms"));
+
+        let broken = TestIssuer { panics: AtomicUsize::new(1), ..TestIssuer::new() };
+        let (_, handle) = start(broken, quick());
+        handle.want(ids(["a", "b", "c"]));
+        until(&handle, "all", |h| ["a", "b", "c"].iter().all(|a| h.get(&id(a)).is_some())).await;
+    }
+
+    #[tokio::test]
+    async fn requests_at_once_have_a_limit() {
+        let issuer = TestIssuer { delay: Duration::from_millis(10), ..TestIssuer::new() };
+        let (issuer, handle) = start(issuer, SvidParams { concurrency: 3, ..quick() });
+        let all = ids((0..30).map(|i| format!("a{i}")));
+        handle.want(all.clone());
+        until(&handle, "all", |h| all.iter().all(|id| h.get(id).is_some())).await;
+        assert_eq!((issuer.most_running.load(SeqCst), issuer.requests()), (3, 30));
+    }
+
+    #[tokio::test]
+    async fn renewed_before_the_end_with_a_new_key() {
+        let issuer = TestIssuer { ttl: Duration::from_secs(4), ..TestIssuer::new() };
+        let (_, handle) = start(issuer, quick());
+        handle.want(ids(["a"]));
+        until(&handle, "first", |h| h.get(&id("a")).is_some()).await;
+        let first = handle.get(&id("a")).unwrap();
+        until(&handle, "second", |h| h.get(&id("a")).is_some_and(|s| !Arc::ptr_eq(&s, &first)))
+            .await;
+        assert!(first.is_valid_at(Timestamp::now()), "renewed while the old one is valid");
+        let second = handle.get(&id("a")).unwrap();
+        assert!(second.not_after > first.not_after);
+        assert_ne!(second.private_key(), first.private_key());
+    }
+
+    #[tokio::test]
+    async fn a_failed_renewal_keeps_the_old_svid_and_a_clock_that_jumps_is_followed() {
+        let ahead = Arc::new(AtomicI64::new(0));
+        let clock = {
+            let ahead = Arc::clone(&ahead);
+            let now = move || Timestamp::now() + SignedDuration::from_secs(ahead.load(SeqCst));
+            Arc::new(now) as Clock
+        };
+        let (issuer, handle) = start(TestIssuer::new(), SvidParams { clock, ..quick() });
+        handle.want(ids(["a"]));
+        until(&handle, "first", |h| h.get(&id("a")).is_some()).await;
+        let first = handle.get(&id("a")).unwrap();
+
+        issuer.failures.store(usize::MAX, SeqCst);
+        ahead.store(2400, SeqCst);
+        handle.want(ids(["a", "b"])); // any change wakes it; the time alone does within 30 s
+        until(&handle, "failure", |h| h.status().first().is_some_and(|s| s.failures >= 2)).await;
+        assert!(Arc::ptr_eq(&handle.get(&id("a")).unwrap(), &first));
+        issuer.failures.store(0, SeqCst);
+        until(&handle, "second", |h| h.get(&id("a")).is_some_and(|s| !Arc::ptr_eq(&s, &first)))
+            .await;
+    }
+
+    #[tokio::test]
+    async fn ends_with_its_last_handle() {
+        let (issuer, handle) = start(TestIssuer::new(), quick());
+        let other = handle.clone();
+        drop(handle);
+        other.want(ids(["a"]));
+        until(&other, "still there", |h| h.get(&id("a")).is_some()).await;
+        drop(other);
+        let deadline = time::Instant::now() + Duration::from_secs(5);
+        while Arc::strong_count(&issuer) > 1 {
+            assert!(time::Instant::now() < deadline, "the task has not ended");
+            time::sleep(Duration::from_millis(5)).await;
+        }
     }
 }

@@ -85,14 +85,8 @@ impl fmt::Debug for Trust {
 
 #[cfg(test)]
 mod tests {
-    use jiff::Timestamp;
-
     use super::*;
-    use crate::ca::Root;
-
-    fn bundle(domain: &TrustDomain) -> Bundle {
-        Root::create(domain, Timestamp::now()).unwrap().bundle().unwrap()
-    }
+    use crate::spiffe::forge::Forger;
 
     #[test]
     fn generations_grow_with_changes_only() {
@@ -100,7 +94,7 @@ mod tests {
         let (a, b) = (TrustDomain::parse("a").unwrap(), TrustDomain::parse("b").unwrap());
         let mut seen = trust.subscribe();
         assert_eq!((trust.generation(), trust.bundle(&a)), (0, None));
-        let first = bundle(&a);
+        let first = Forger::root("a").bundle();
         assert!(trust.set(a.clone(), first.clone()));
         assert!(seen.has_changed().unwrap());
         assert_eq!(*seen.borrow_and_update(), 1);
@@ -108,7 +102,7 @@ mod tests {
         assert_eq!(trust.bundle(&b), None, "a bundle is for its own domain only");
         assert!(!trust.set(a.clone(), first), "the same again is no change");
         assert!(!seen.has_changed().unwrap());
-        assert!(trust.set(a.clone(), bundle(&a)));
+        assert!(trust.set(a.clone(), Forger::root("a").bundle()));
         assert!(!trust.remove(&b));
         assert!(trust.remove(&a));
         assert_eq!((trust.generation(), trust.domains()), (3, vec![]));

@@ -64,3 +64,35 @@ impl Issuer for EmbeddedIssuer {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spiffe::{
+        SpiffeId,
+        validate::{PeerRole, validate},
+    };
+
+    #[tokio::test]
+    async fn two_agents_on_one_directory_trust_each_other() {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = parent.path().join("authority");
+        let td = TrustDomain::parse("td").unwrap();
+        let open = || EmbeddedIssuer::open(&dir, &td, Duration::from_secs(60)).unwrap();
+        let (one, two) = (open(), open());
+        assert_eq!((one.trust_domain(), one.bundle()), (&td, two.bundle()));
+        let id = SpiffeId::for_service_account(&td, "shop", "web").unwrap();
+        let request = SvidRequest::new(id.clone()).unwrap();
+        let chain = one.issue(&request).await.unwrap();
+        let svid = request.finish(chain).unwrap();
+        let bundle = Arc::new(two.bundle());
+        let now = Timestamp::now();
+        let peer =
+            validate(&svid.chain_der[0], &[], |_| Some(bundle), PeerRole::Client, now).unwrap();
+        assert_eq!((peer.id, svid.is_valid_at(now)), (id, true));
+
+        let foreign = SpiffeId::parse("spiffe://other/ns/shop/sa/web").unwrap();
+        let error = one.issue(&SvidRequest::new(foreign).unwrap()).await.unwrap_err();
+        assert!(error.to_string().contains("is not of the trust domain td"), "{error}");
+    }
+}

@@ -197,3 +197,151 @@ fn write_exclusively(dir: &Path, path: &Path, content: &[u8]) -> io::Result<()> 
 fn io_error(path: &Path, action: &'static str, source: io::Error) -> RootFileError {
     RootFileError::Io { path: path.into(), action, source }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::fs::symlink, sync::Barrier};
+
+    use super::*;
+
+    fn td() -> TrustDomain {
+        TrustDomain::parse("td").unwrap()
+    }
+
+    fn open(dir: &Path) -> Result<Root, RootFileError> {
+        open_or_create(dir, &td(), Timestamp::now())
+    }
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().mode() & 0o7777
+    }
+
+    fn set_mode(path: &Path, mode: u32) {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    /// A directory as it should be (the crate's own follows the umask).
+    fn directory() -> tempfile::TempDir {
+        tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o700)).tempdir().unwrap()
+    }
+
+    #[test]
+    fn made_once_then_read() {
+        let parent = directory();
+        let dir = parent.path().join("a/b");
+        let made = open(&dir).unwrap();
+        assert_eq!((mode(&dir), mode(&dir.join(ROOT_FILE))), (0o700, 0o600));
+        let read = open(&dir).unwrap();
+        assert_eq!(made.certificate(), read.certificate());
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 1, "nothing lies beside it");
+    }
+
+    #[test]
+    fn all_who_race_end_with_one_root() {
+        for _ in 0..10 {
+            let parent = directory();
+            let dir = parent.path().join("authority");
+            let barrier = Barrier::new(16);
+            let roots: Vec<_> = std::thread::scope(|scope| {
+                let race = || {
+                    barrier.wait();
+                    open(&dir).unwrap().certificate().clone()
+                };
+                let threads: Vec<_> = (0..16).map(|_| scope.spawn(race)).collect();
+                threads.into_iter().map(|t| t.join().unwrap()).collect()
+            });
+            assert!(roots.iter().all(|root| *root == roots[0]));
+            assert_eq!(*open(&dir).unwrap().certificate(), roots[0]);
+            assert_eq!(fs::read_dir(&dir).unwrap().count(), 1);
+        }
+    }
+
+    #[test]
+    fn one_writer_wins_and_the_others_change_nothing() {
+        let dir = directory();
+        let path = dir.path().join(ROOT_FILE);
+        write_exclusively(dir.path(), &path, b"first").unwrap();
+        let error = write_exclusively(dir.path(), &path, b"second").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(fs::read(&path).unwrap(), b"first");
+    }
+
+    #[test]
+    fn wide_permissions_are_refused() {
+        for bad in [0o604, 0o640, 0o660, 0o601, 0o620] {
+            let dir = directory();
+            let path = dir.path().join(ROOT_FILE);
+            open(dir.path()).unwrap();
+            set_mode(&path, bad);
+            let error = open(dir.path()).unwrap_err();
+            assert!(matches!(error, RootFileError::Mode { mode, .. } if mode == bad), "{error}");
+            assert!(
+                error.to_string().contains(&format!("chmod 0600 {}", path.display())),
+                "{error}"
+            );
+            assert_eq!(mode(&path), bad, "nothing is put right silently");
+            set_mode(&path, 0o400);
+            open(dir.path()).unwrap();
+        }
+        for bad in [0o750, 0o701, 0o777] {
+            let dir = directory();
+            set_mode(dir.path(), bad);
+            let error = open(dir.path()).unwrap_err();
+            assert!(error.to_string().contains("chmod 0700"), "{error}");
+            assert!(!dir.path().join(ROOT_FILE).exists());
+            set_mode(dir.path(), 0o700);
+            open(dir.path()).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_root_is_refused_and_left_alone() {
+        let other = Root::create(&TrustDomain::parse("other").unwrap(), Timestamp::now()).unwrap();
+        let huge = vec![b'a'; MAX_LEN as usize + 1];
+        for (content, says) in [
+            (b"garbage".as_slice(), "BEGIN CERTIFICATE"),
+            (b"", "0 certificate(s)"),
+            (other.to_pem().as_bytes(), "trustDomain"),
+            (&huge, "too many"),
+        ] {
+            let dir = directory();
+            let path = dir.path().join(ROOT_FILE);
+            fs::write(&path, content).unwrap();
+            set_mode(&path, 0o600);
+            let error = open(dir.path()).unwrap_err().to_string();
+            assert!(error.contains(says) && error.contains("root.pem"), "{error}");
+            assert!(!error.contains("PRIVATE KEY-----\n"), "{error}");
+            assert_eq!(fs::read(&path).unwrap(), content);
+            fs::remove_file(&path).unwrap();
+            open(dir.path()).unwrap();
+        }
+    }
+
+    #[test]
+    fn only_a_regular_file_of_ones_own() {
+        let elsewhere = directory();
+        open(elsewhere.path()).unwrap();
+        let dir = directory();
+        let path = dir.path().join(ROOT_FILE);
+
+        symlink(elsewhere.path().join(ROOT_FILE), &path).unwrap();
+        assert!(matches!(open(dir.path()), Err(RootFileError::Kind { .. })));
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert!(matches!(open(dir.path()), Err(RootFileError::Kind { .. })));
+        fs::remove_dir(&path).unwrap();
+        let fifo = rustix::fs::FileType::Fifo;
+        rustix::fs::mknodat(rustix::fs::CWD, &path, fifo, rustix::fs::Mode::RUSR, 0).unwrap();
+        assert!(matches!(open(dir.path()), Err(RootFileError::Kind { .. })));
+        fs::remove_file(&path).unwrap();
+
+        fs::write(elsewhere.path().join("file"), "").unwrap();
+        let error = open(&elsewhere.path().join("file")).unwrap_err();
+        assert!(error.to_string().contains("file"), "{error}");
+        if rustix::process::geteuid().is_root() {
+            open(dir.path()).unwrap();
+            std::os::unix::fs::chown(&path, Some(12345), None).unwrap();
+            assert!(matches!(open(dir.path()), Err(RootFileError::Owner { uid: 12345, .. })));
+        }
+    }
+}
