@@ -157,6 +157,9 @@ pub enum TlsError {
 
 /// An authenticated, encrypted byte stream over TCP; `h2` runs over it.
 ///
+/// A write may leave ciphertext behind that only the next write or a *flush* sends: flush
+/// before waiting for an answer.
+///
 /// Dropping it closes the socket without a close_notify, which the peer takes for an error;
 /// [`tokio::io::AsyncWriteExt::shutdown`] ends it properly. An end of file without the
 /// peer's close_notify is an error ([`io::ErrorKind::UnexpectedEof`]).
@@ -589,3 +592,6 @@ fn provider() -> Arc<CryptoProvider> {
     };
     Arc::clone(PROVIDER.get_or_init(make))
 }
+
+#[cfg(test)]
+mod tests;
