@@ -119,6 +119,7 @@ pub async fn deliver(
         Err(error) => return Err(refused(error.into())),
     }
     let stream = TcpStream::from_std(socket.into()).map_err(DeliveryError::Socket)?;
+    reset_on_close(&stream);
     match timeout(within, stream.writable()).await {
         Ok(ready) => ready.map_err(refused)?,
         Err(_) => return Err(DeliveryError::Timeout { address, within }),
@@ -128,7 +129,6 @@ pub async fn deliver(
     }
     let confirmed = confirm(sockets, &key).await;
     if confirmed != Confirm::Taken {
-        reset_on_close(&stream);
         return Err(DeliveryError::NotTaken(confirmed));
     }
     entry.taken = true;

@@ -291,7 +291,7 @@ impl Tunnel {
                 // The client is gone; the application must not take this for an end.
                 tracing::debug!(flow = %id.uuid(), %error, "client gone before the answer");
                 Counters::add(&plane.counters.abandoned);
-                reset_on_close(&app);
+                drop(app);
                 return;
             }
         };

@@ -106,11 +106,11 @@ enum Onward {
 /// Serves one redirected client to its end.
 pub async fn serve(core: Arc<Core>, served: Arc<Served>, app: TcpStream) {
     let plane = &core.plane;
+    reset_on_close(&app);
     let (Ok(client), Some(dialled)) = (app.peer_addr(), (plane.sockets.original)(app.as_fd()))
     else {
         // Not redirected: somebody in the pod dialled the listener itself.
         Counters::add(&plane.counters.unattributed);
-        reset_on_close(&app);
         return;
     };
     // Fails only on a socket that is gone already, which copying finds out.
@@ -142,7 +142,6 @@ pub async fn serve(core: Arc<Core>, served: Arc<Served>, app: TcpStream) {
         _ = app.ready(Interest::ERROR) => {
             // The client has reset its connection; dropping the attempt resets the stream.
             Counters::add(&plane.counters.abandoned);
-            reset_on_close(&app);
             return;
         }
     };
@@ -324,9 +323,8 @@ impl Outbound<'_> {
         }
     }
 
-    /// Records the refusal; the application sees a reset.
+    /// Records the refusal; the application sees a reset, and the record is there by then.
     fn refuse(&self, app: TcpStream, mut records: FlowRecords, refused: Refused, revision: u64) {
-        reset_on_close(&app);
         Counters::add(&self.core.plane.counters.refused);
         tracing::debug!(
             pod.uid = %self.served.key.uid,
@@ -339,6 +337,7 @@ impl Outbound<'_> {
             records.note("error", kind.to_owned());
         }
         records.refused(refused.reason(), refused.policy(), revision);
+        drop(app);
     }
 }
 

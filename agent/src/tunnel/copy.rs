@@ -66,10 +66,17 @@ impl CopyError {
     }
 }
 
-/// Makes the next close of `socket` a reset.
+/// Makes the close of `socket` a reset, also the one that the kernel does when the process
+/// is killed: an application must never take a cut flow for one that has ended.
 pub fn reset_on_close(socket: &TcpStream) {
     // Fails only on a socket that is gone already.
     let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));
+}
+
+/// The flow has ended in order on both sides: what is still to be sent goes out first.
+fn end_on_close(socket: &TcpStream) {
+    // As above.
+    let _ = SockRef::from(socket).set_linger(None);
 }
 
 /// Copies between an application's socket and a tunnel stream until both directions have
@@ -80,6 +87,7 @@ pub async fn tunnel(
     counts: &Counts,
     stop: impl Future<Output = ()>,
 ) -> Result<(), CopyError> {
+    reset_on_close(&app);
     let result = {
         let mut flow = TunnelFlow {
             app: &app,
@@ -104,9 +112,9 @@ pub async fn tunnel(
         })
         .await
     };
-    if result.is_err() {
-        reset_on_close(&app);
-        stream.reset();
+    match &result {
+        Ok(()) => end_on_close(&app),
+        Err(_) => stream.reset(),
     }
     result
 }
@@ -270,6 +278,8 @@ pub async fn direct(
     counts: &Counts,
     stop: impl Future<Output = ()>,
 ) -> Result<(), CopyError> {
+    reset_on_close(&client);
+    reset_on_close(&server);
     let result = {
         let mut up = Relay::new(&client, &server, &counts.from_app);
         let mut down = Relay::new(&server, &client, &counts.to_app);
@@ -292,9 +302,9 @@ pub async fn direct(
         })
         .await
     };
-    if result.is_err() {
-        reset_on_close(&client);
-        reset_on_close(&server);
+    if result.is_ok() {
+        end_on_close(&client);
+        end_on_close(&server);
     }
     result
 }

@@ -558,7 +558,17 @@ impl<'a> Planner<'a> {
         }
     }
 
-    fn finish(self, numbers: &Numbers) -> Plan {
+    fn finish(mut self, numbers: &Numbers) -> Plan {
+        let strict = self.endpoints.values().any(|e| e.mode == Mode::Strict);
+        if strict && self.input.world.ranges.is_unknown() {
+            self.problems.push(Problem {
+                subject: "podRanges".into(),
+                message: "no pod range of the cluster is known, so strict pods reach no address \
+                          that is not a known pod's or service's: give podRanges and \
+                          serviceRanges (configuration or ranges.yaml)"
+                    .into(),
+            });
+        }
         let world = self.with_local_addresses();
         let listeners =
             self.phases.iter().filter(|(_, p)| p.needs_listeners()).map(|(n, _)| *n).collect();
