@@ -268,8 +268,9 @@ impl Pod {
             .spawn(move || {
                 thread::sleep(delay);
                 let Some(pod) = pod.upgrade().map(Pod) else { return };
-                if !pod.0.gone.load(Ordering::Relaxed)
-                    && let Err(error) = pod.publish()
+                // A pod that was removed meanwhile has no object to change.
+                if let Err(error) = pod.publish()
+                    && !pod.0.gone.load(Ordering::Relaxed)
                 {
                     eprintln!("{}: status not written: {error:#}", pod.full_name());
                 }

@@ -106,10 +106,16 @@ fn noise() -> Vec<u8> {
 fn stall(role: &HostileClient, report: &mut HostileReport) -> Result<(), String> {
     let mut streams = Vec::new();
     for _ in 0..role.amount.max(1) {
-        let mut stream = dial(role)?;
-        // A record header that promises 512 bytes, and two of them.
-        let _ = stream.write_all(&[22, 3, 1, 2, 0, 1, 0]);
-        streams.push(stream);
+        match dial(role) {
+            Ok(mut stream) => {
+                // A record header that promises 512 bytes, and two of them.
+                let _ = stream.write_all(&[22, 3, 1, 2, 0, 1, 0]);
+                streams.push(stream);
+            }
+            // Over the limit: refused at once.
+            Err(outcome) if outcome.contains("ECONNRESET") => report.amount += 1,
+            Err(outcome) => return Err(outcome),
+        }
     }
     report.reached = "connected".into();
     emit("stalling", &json!({"connections": streams.len()}));
