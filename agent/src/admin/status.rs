@@ -225,7 +225,7 @@ fn problems(inputs: &StatusInputs, programs: &admin::Programs) -> Vec<admin::Pro
                 );
             }
         }
-        for problem in &state.world.problems {
+        for problem in state.world.problems.iter().chain(&state.problems) {
             add(problem.subject.clone(), "ignored", problem.message.clone());
         }
     }
