@@ -28,7 +28,7 @@ use crate::{
         state::{NodeState, NodeStatePublisher},
     },
     flow,
-    kernel::{Counters, FlowSockets, KernelConfig, KernelError, Programs, features},
+    kernel::{self, Counters, FlowSockets, KernelConfig, KernelError, Programs, features},
     netns::NetnsOpener,
     observer::Observer,
     proxy::{DataPlane, DataPlaneConfig, Dependencies},
@@ -153,6 +153,8 @@ pub fn run(loaded: Loaded, sources: ConfigSources) -> Result<(), DaemonError> {
         remedy: "give --cluster-dir, a directory of manifests",
     })?;
 
+    // Who cannot load programs is told so, not that some file belongs to root.
+    kernel::check_permitted()?;
     // Inputs first: nothing is loaded into the kernel for a cluster that cannot be read.
     let params = FilesParams { ranges: ranges(&config), ..FilesParams::new(domain.clone()) };
     let world = FilesSource::start(&dir, params)?;
@@ -182,7 +184,7 @@ struct Parts {
     board: FilesBoard,
     issuer: EmbeddedIssuer,
     programs: Programs,
-    maps: crate::kernel::Maps,
+    maps: kernel::Maps,
 }
 
 async fn serve(parts: Parts) -> Result<(), DaemonError> {
@@ -276,7 +278,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     let mut collector = tokio::spawn(collector.run());
     let mut reading = tokio::spawn({
         let pins = pins.clone();
-        async move { crate::kernel::events::run(&pins, event_sender).await }
+        async move { kernel::events::run(&pins, event_sender).await }
     });
     let mut forwarding = tokio::spawn(forward_events(
         event_receiver,

@@ -54,13 +54,11 @@ fn mount_point(path: &Path, existing: &Path) -> Result<PathBuf, KernelError> {
     if path.starts_with(CONVENTIONAL) && Path::new(CONVENTIONAL).is_dir() {
         return Ok(CONVENTIONAL.into());
     }
-    if existing != path {
-        fs::create_dir_all(path).map_err(|source| KernelError::Io {
-            what: format!("the directory {}", path.display()),
-            source,
-        })?;
-    }
     let wrong = |problem: String| KernelError::WrongBpffs { path: path.to_owned(), problem };
+    if existing != path {
+        fs::create_dir_all(path)
+            .map_err(|error| wrong(format!("the directory cannot be made: {error}")))?;
+    }
     let mut entries = fs::read_dir(path).map_err(|error| wrong(error.to_string()))?;
     if entries.next().is_some() {
         return Err(wrong("it is not on a bpffs and not empty, so none is mounted over it".into()));

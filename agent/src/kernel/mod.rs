@@ -18,4 +18,4 @@ pub(crate) mod test_host;
 pub use error::KernelError;
 pub use flow_sockets::{Confirm, FlowSockets};
 pub use maps::{Counters, Maps};
-pub use programs::{KernelConfig, Programs};
+pub use programs::{KernelConfig, Programs, check_permitted};

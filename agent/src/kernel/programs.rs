@@ -101,7 +101,7 @@ impl Programs {
     /// # Errors
     /// Whatever the host lacks, each with its remedy.
     pub fn load(config: &KernelConfig) -> Result<(Self, Maps), KernelError> {
-        check_bpf()?;
+        check_permitted()?;
         let hierarchy = Hierarchy::find()?;
         let workloads = open_root(&hierarchy, &config.workloads, "--cgroup-root")?;
         let node = open_root(&hierarchy, &config.node, "--node-cgroup")?;
@@ -415,7 +415,11 @@ fn describe(ids: &[u32]) -> String {
 }
 
 /// Tells "no BPF" and "no rights" apart before anything else fails less clearly.
-fn check_bpf() -> Result<(), KernelError> {
+/// Whether this process may use bpf(2) here at all.
+///
+/// # Errors
+/// The kernel has none, or the process is not permitted to use it.
+pub fn check_permitted() -> Result<(), KernelError> {
     match bpf::own_ancestor_cgroup(0) {
         Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Err(KernelError::NoBpf),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {

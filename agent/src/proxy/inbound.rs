@@ -146,8 +146,9 @@ pub async fn serve(core: Arc<Core>, served: Arc<Served>, tcp: TcpStream) {
     let (peer, local) = (canonical(peer), canonical(local));
     match accept(core, served.clone(), tcp, peer, local).await {
         Ok(()) => {}
-        // The connection had been authenticated: its flows have their own records.
-        Err(Unaccepted::Hbone(error)) if !matches!(error, HboneError::PrefaceTimeout(_)) => {
+        // The connection had been authenticated and only ended: its flows have their own
+        // records. One that breaks the protocol is a refusal.
+        Err(Unaccepted::Hbone(error)) if error.reason() != Reason::ProtocolError => {
             if !matches!(error, HboneError::Cut) {
                 plane.counters.failed(error.kind());
             }

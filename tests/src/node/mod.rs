@@ -214,13 +214,19 @@ impl Node {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner).taken.remove(&host);
     }
 
-    /// Connects a pod's namespace to the bridge: `eth0` there, `device` here.
+    /// Takes a pod's link away. One that went with its namespace already is no fault.
+    pub(crate) fn disconnect_pod(&self, host: u8) {
+        let _ = netns::batch(&self.namespace, &[format!("link del {}", device(host))]);
+    }
+
+    /// Connects a pod's namespace to the bridge: `eth0` there, a device of its number here.
     pub(crate) fn connect_pod(
         &self,
-        device: &str,
+        host: u8,
         pod_namespace: &str,
         addresses: &Addresses,
     ) -> Result<()> {
+        let device = device(host);
         netns::batch(
             &self.namespace,
             &[
@@ -289,4 +295,9 @@ fn network(family: Family, number: u8, nodes: u8) -> Vec<String> {
         }
     }
     commands
+}
+
+/// The node's end of a pod's link.
+fn device(host: u8) -> String {
+    format!("veth{host}")
 }

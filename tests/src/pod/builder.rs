@@ -245,7 +245,7 @@ impl PodBuilder {
         let netns_name =
             format!("{}-pod-{}", self.surroundings.lab, &self.uid[..self.uid.len().min(18)]);
         let netns = netns::create(&netns_name)?;
-        self.surroundings.node.connect_pod(&format!("veth{host}"), &netns_name, &addresses)?;
+        self.surroundings.node.connect_pod(host, &netns_name, &addresses)?;
         Ok(Sandbox { host: Some(host), addresses, netns_name: Some(netns_name), netns })
     }
 

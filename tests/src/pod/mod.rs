@@ -252,6 +252,8 @@ impl Pod {
             netns::delete(name);
         }
         if let Some(host) = self.0.host {
+            // As a CNI does: whoever still holds the namespace open keeps no link alive.
+            self.0.node.disconnect_pod(host);
             self.0.node.free_addresses(host);
         }
     }
