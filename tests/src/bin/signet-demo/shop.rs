@@ -94,10 +94,13 @@ impl Shop {
         self.allowed(report)?;
         self.denied(report)?;
         self.plaintext(report)?;
-        self.spoofed(report)?;
-        self.table(report)?;
         let captured = capture.stop()?;
-        self.proof(report, &control, &captured);
+        // Apart: forged packets are plaintext that seems to come from a pod of the shop.
+        let capture = self.lab.capture("attack")?;
+        self.spoofed(report)?;
+        let attack = capture.stop()?;
+        self.table(report)?;
+        self.proof(report, &control, &captured, &attack);
         Ok(())
     }
 
@@ -181,16 +184,14 @@ impl Shop {
         let (frontend, checkout) = (self.pod("frontend")?, self.pod("checkout")?);
         let (node_1, node_2) = (self.lab.agent("node-1")?, self.lab.agent("node-2")?);
         let answer = frontend.curl(&self.checkout.url(&self.path())).and_then(|output| {
-            let body = answered(output)?;
-            let seen: serde_json::Value = serde_json::from_str(&body).context("the answer")?;
-            let accepted: SocketAddr =
-                seen["accepted"].as_str().unwrap_or_default().parse().context("accepted")?;
+            let answer = Answer::of(output)?;
             ensure!(
-                accepted.ip() == frontend.ip(),
-                "the server accepted from {accepted}, not from frontend's {}",
+                answer.accepted.ip() == frontend.ip(),
+                "the server accepted from {}, not from frontend's {}",
+                answer.accepted,
                 frontend.ip()
             );
-            Ok(format!("accept() in checkout gave {accepted}"))
+            Ok(format!("accept() in {} gave {}", answer.server, answer.accepted))
         });
         report.expect(
             "frontend's plain curl reaches checkout, which sees frontend's own address",
@@ -378,7 +379,13 @@ impl Shop {
     }
 
     /// The search of everything that crossed between the nodes.
-    fn proof(&self, report: &mut Report, control: &Captured, captured: &Captured) {
+    fn proof(
+        &self,
+        report: &mut Report,
+        control: &Captured,
+        captured: &Captured,
+        attack: &Captured,
+    ) {
         report.scene("what crossed the link between the nodes");
         report.expect(
             "the search works: it finds the payload that crossed while the namespace was off",
@@ -398,12 +405,15 @@ impl Shop {
             }),
         );
         report.expect(
-            "strict: the same search finds nothing in clear",
-            captured.complete().and_then(|captured| {
-                let hits = captured.find(&self.marker);
-                ensure!(hits.is_empty(), "found {} times: {:?}", hits.len(), hits.first());
-                Ok(format!("{} packets searched, none lost", captured.packets.len()))
-            }),
+            "strict: the same search finds nothing in clear, during the attack neither",
+            [captured, attack]
+                .into_iter()
+                .try_fold(0, |searched, captured| {
+                    let hits = captured.complete()?.find(&self.marker);
+                    ensure!(hits.is_empty(), "found {} times: {:?}", hits.len(), hits.first());
+                    Ok(searched + captured.packets.len())
+                })
+                .map(|searched| format!("{searched} packets searched, none lost")),
         );
         let tunnels = self.addresses(&["frontend", "payments"]).and_then(|one| {
             let two = self.addresses(&["checkout", "intruder"])?;
@@ -482,9 +492,28 @@ fn finish(load: &mut Running) -> Result<String> {
     Ok(format!("{total} requests, all answered"))
 }
 
-/// The answer of a curl that succeeded.
+/// What the server that answered a curl saw of the client.
+struct Answer {
+    server: String,
+    accepted: SocketAddr,
+}
+
+impl Answer {
+    /// The answer of a curl that succeeded.
+    fn of(output: Output) -> Result<Self> {
+        let body = output.success()?;
+        let seen: serde_json::Value =
+            serde_json::from_str(&body).with_context(|| format!("the answer {body:?}"))?;
+        let text = |field: &str| seen[field].as_str().unwrap_or_default().to_owned();
+        let accepted = text("accepted").parse().with_context(|| format!("the answer {body}"))?;
+        Ok(Self { server: text("server"), accepted })
+    }
+}
+
+/// That a curl was answered, and by whom.
 fn answered(output: Output) -> Result<String> {
-    Ok(output.success()?.trim().to_owned())
+    let answer = Answer::of(output)?;
+    Ok(format!("{} answered; its accept() gave {}", answer.server, answer.accepted))
 }
 
 /// curl's word for a connection that was refused or reset (not one that timed out or was
