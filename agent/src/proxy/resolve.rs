@@ -131,7 +131,7 @@ pub fn route(
     else {
         return unserved_service_port(source, service, SocketAddr::new(ip, dialled.port()));
     };
-    let candidates = takers(&port.endpoints);
+    let candidates = takers(&port.endpoints, ip.is_ipv4());
     if candidates.is_empty() {
         return Err(RouteError::NoEndpoint { service: service.name.clone() });
     }
@@ -150,10 +150,13 @@ pub fn route(
     Err(refused.unwrap_or(RouteError::NoEndpoint { service: service.name.clone() }))
 }
 
-/// The endpoints that take flows: ready ones; with none, those that serve while terminating.
-fn takers(endpoints: &[Endpoint]) -> Vec<&Endpoint> {
-    let ready: Vec<_> = endpoints.iter().filter(|e| e.ready).collect();
-    if ready.is_empty() { endpoints.iter().filter(|e| e.serving).collect() } else { ready }
+/// The endpoints that take flows of a family: ready ones; with none, those that serve while
+/// terminating. As with kube-proxy an address leads to endpoints of its own family: the
+/// application may listen on one family only, and is shown a client of that one.
+fn takers(endpoints: &[Endpoint], v4: bool) -> Vec<&Endpoint> {
+    let of_family = || endpoints.iter().filter(|e| e.ip.to_canonical().is_ipv4() == v4);
+    let ready: Vec<_> = of_family().filter(|e| e.ready).collect();
+    if ready.is_empty() { of_family().filter(|e| e.serving).collect() } else { ready }
 }
 
 /// A Service address with a port that the Service does not have.

@@ -82,8 +82,9 @@ impl Capture {
 
     /// Ends the capture and reads it.
     pub fn stop(mut self) -> Result<Captured> {
-        let captured = self.end()?;
+        // Counted before the end: what comes meanwhile may be in the file or not.
         let received = received(&self.namespace)?.saturating_sub(self.received_before);
+        let captured = self.end()?;
         let mut all = Captured::read(&self.file)?;
         all.lost = received.saturating_sub(captured);
         Ok(all)

@@ -272,7 +272,10 @@ impl<'a> Planner<'a> {
                 self.tables.addresses.insert(Ip::from_std(*ip), entry);
                 for port in &found.ports {
                     let mut flags = 0;
-                    if port.endpoints.is_empty() {
+                    // A virtual address leads to endpoints of its own family.
+                    let endpoints =
+                        || port.endpoints.iter().filter(|e| e.ip.is_ipv4() == ip.is_ipv4());
+                    if endpoints().next().is_none() {
                         flags |= service::NO_ENDPOINTS;
                     }
                     let enrolled = |ip: &IpAddr| {
@@ -282,7 +285,7 @@ impl<'a> Planner<'a> {
                             .and_then(|uid| world.pods.get(uid))
                             .is_some_and(|pod| self.is_enrolled(pod))
                     };
-                    if port.endpoints.iter().any(|e| enrolled(&e.ip)) {
+                    if endpoints().any(|e| enrolled(&e.ip)) {
                         flags |= service::TUNNEL;
                     }
                     let key = ServiceKey {

@@ -448,6 +448,7 @@ fn services_ranges_nodes_and_exempt_ports_are_written() {
             port(80, vec![endpoint("10.0.0.1")]),
             port(81, vec![]),
             port(82, vec![endpoint("10.0.2.9")]),
+            port(83, vec![endpoint("fd00::9")]),
         ],
     };
     scene.world.services.insert(name, Arc::new(service));
@@ -456,6 +457,7 @@ fn services_ranges_nodes_and_exempt_ports_are_written() {
     assert_eq!(tables.services[&key(80)], service::TUNNEL);
     assert_eq!(tables.services[&key(81)], service::NO_ENDPOINTS);
     assert_eq!(tables.services[&key(82)], 0);
+    assert_eq!(tables.services[&key(83)], service::NO_ENDPOINTS, "another family's endpoint");
     assert_eq!(tables.addresses[&ip("10.96.0.1")].kind, address::SERVICE);
     assert_eq!(tables.addresses[&ip("192.0.2.1")].identity, IDENTITY_HOST);
     assert_eq!(tables.ranges[&(104, ip("10.0.0.0").octets())], range::PODS);

@@ -4,13 +4,13 @@ use std::{
     fs,
     net::{IpAddr, SocketAddr},
     path::Path,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use signet_lab::{
     agent::{Agent, Flow},
-    capture::Captured,
+    capture::{Captured, TUNNEL_PORT},
     cluster_dir::ObjectKey,
     lab::{Lab, LabOptions, eventually},
     pod::Pod,
@@ -89,8 +89,10 @@ impl Shop {
     /// Plays all scenes. An error is something that prevents the next scene.
     pub fn play(&self, report: &mut Report) -> Result<()> {
         let control = self.off(report)?;
-        self.migrate(report)?;
+        // From before the first tunnel is opened, so that each is seen from its beginning.
         let capture = self.lab.capture("strict")?;
+        self.migrate(report)?;
+        let strict_since = SystemTime::now();
         self.allowed(report)?;
         self.denied(report)?;
         self.plaintext(report)?;
@@ -101,6 +103,10 @@ impl Shop {
         let attack = capture.stop()?;
         self.table(report)?;
         self.proof(report, &control, &captured, &attack);
+        report.expect(
+            "strict: between the shop's pods there was nothing but TLS 1.3 on port 15008",
+            self.only_tunnels(&captured, strict_since),
+        );
         Ok(())
     }
 
@@ -415,14 +421,35 @@ impl Shop {
                 })
                 .map(|searched| format!("{searched} packets searched, none lost")),
         );
-        let tunnels = self.addresses(&["frontend", "payments"]).and_then(|one| {
-            let two = self.addresses(&["checkout", "intruder"])?;
-            captured.only_tunnels_between(&one, &two)
-        });
-        report.expect(
-            "strict: between the shop's pods there was nothing but TLS 1.3 on port 15008",
-            tunnels.map(|records| format!("{records} TLS records")),
-        );
+    }
+
+    /// Every packet between the shop's pods belongs to a tunnel since `since`, and every
+    /// tunnel is TLS 1.3 from its beginning.
+    fn only_tunnels(&self, captured: &Captured, since: SystemTime) -> Result<String> {
+        let one = self.addresses(&["frontend", "payments"])?;
+        let two = self.addresses(&["checkout", "intruder"])?;
+        let mut packets = 0;
+        for packet in captured.complete()?.tcp_between(&one, &two) {
+            if packet.time < since {
+                continue;
+            }
+            let (from, to) = (packet.from(), packet.to());
+            ensure!(
+                from.1 == TUNNEL_PORT || to.1 == TUNNEL_PORT,
+                "TCP outside the tunnels: {from:?} -> {to:?}"
+            );
+            packets += 1;
+        }
+        let (mut tunnels, mut records) = (0, 0);
+        for (key, stream) in captured.tcp_streams() {
+            let from_server = key.from.1 == TUNNEL_PORT;
+            if from_server || key.to.1 == TUNNEL_PORT {
+                records += stream.tls13_records(from_server)?;
+                tunnels += usize::from(from_server);
+            }
+        }
+        ensure!(packets > 0 && records > 0, "no tunnel in the capture");
+        Ok(format!("{packets} packets, {records} TLS records in {tunnels} tunnels"))
     }
 
     fn path(&self) -> String {
