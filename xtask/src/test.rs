@@ -4,7 +4,9 @@
 //! with every kernel feature in use, then its core once more for each variant.
 
 use std::{
+    fs,
     io::{BufRead as _, BufReader},
+    path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
@@ -130,6 +132,9 @@ pub fn run(workspace: &Workspace, selection: &Selection) -> anyhow::Result<()> {
 fn unit(workspace: &Workspace, selection: &Selection) -> anyhow::Result<Part> {
     let mut cargo = workspace.cargo();
     cargo.args(["test", "--workspace", "--lib", "--bins", "--no-fail-fast"]);
+    for member in ["agent", "ebpf", "xtask"] {
+        select(&mut cargo, &test_targets(&workspace.root.join(member))?);
+    }
     cargo.args(&selection.filter);
     part("unit tests", &mut cargo)
 }
@@ -140,8 +145,12 @@ fn end_to_end(
     variant: Variant,
 ) -> anyhow::Result<Part> {
     let mut cargo = workspace.cargo();
+    // The whole workspace, though only the lab's tests run: with fewer packages selected,
+    // dependencies would have other features and be built once more.
+    cargo.args(["test", "--workspace", "--no-fail-fast"]);
+    select(&mut cargo, &test_targets(&workspace.root.join("tests"))?);
     cargo
-        .args(["test", "--package", "signet-lab", "--test", "*", "--no-fail-fast", "--"])
+        .arg("--")
         .arg(format!("--test-threads={}", selection.threads))
         .args(&selection.filter)
         .envs(variant.environment().iter().copied());
@@ -152,6 +161,32 @@ fn end_to_end(
         cargo.arg("core::");
     }
     part(&format!("end to end, {}", variant.name()), &mut cargo)
+}
+
+fn select(cargo: &mut Command, targets: &[String]) {
+    for target in targets {
+        cargo.args(["--test", target]);
+    }
+}
+
+/// Names of a crate's integration tests: `tests/<name>.rs` and `tests/<name>/main.rs`.
+fn test_targets(member: &Path) -> anyhow::Result<Vec<String>> {
+    let directory = member.join("tests");
+    if !directory.is_dir() {
+        return Ok(Vec::new());
+    }
+    let mut names = Vec::new();
+    for entry in fs::read_dir(&directory).with_context(|| directory.display().to_string())? {
+        let path = entry.with_context(|| directory.display().to_string())?.path();
+        let is_target = path.join("main.rs").is_file() || path.extension() == Some("rs".as_ref());
+        if let Some(name) = path.file_stem().and_then(|stem| stem.to_str())
+            && is_target
+        {
+            names.push(name.to_owned());
+        }
+    }
+    names.sort();
+    Ok(names)
 }
 
 /// Runs test programs, passing their output on, and counts.
@@ -234,6 +269,14 @@ fn conclude(parts: &[Part], filter: Option<&str>) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn integration_tests_are_found_by_their_files() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let names = test_targets(&root.join("tests")).unwrap();
+        assert!(names.contains(&"e2e".to_owned()), "{names:?}");
+        assert!(test_targets(&root.join("docs")).unwrap().is_empty());
+    }
 
     #[test]
     fn results_are_counted() {
