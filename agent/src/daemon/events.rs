@@ -22,6 +22,9 @@ use crate::{
 /// Events converted under one reading of clock and node state.
 const BATCH: usize = 256;
 
+/// How long events wait for the name of the policy that decided them.
+const NAMED_WITHIN: Duration = Duration::from_millis(500);
+
 /// How often the kernel is asked what it lost.
 const TELL_LOSSES: Duration = Duration::from_secs(1);
 
@@ -42,13 +45,31 @@ pub(super) async fn forward_events(
             received = events.recv_many(&mut batch, BATCH) => if received == 0 { return },
             _ = tick.tick() => losses.tell(),
         }
-        let (clock, state) = (ClockOffset::now(), state.current());
+        let newest = batch.iter().map(|event| event.policy).max().unwrap_or(0);
+        let (clock, state) = (ClockOffset::now(), state_with_policy(&state, newest).await);
         for event in batch.drain(..) {
             if let Some(record) = converter.convert(&event, &state, clock) {
                 recorder.record_from_kernel(record);
             }
         }
     }
+}
+
+/// The node's state, once it can name policy `number`: the kernel judges by a new policy
+/// before the state that names it is published. Numbers grow, so the highest will do.
+async fn state_with_policy(handle: &NodeStateHandle, number: u32) -> Arc<NodeState> {
+    let mut changes = handle.subscribe();
+    let named = async {
+        while number != 0 && !handle.current().policies.contains_key(&number) {
+            // An error means that the reconciler is gone: the state stays what it is.
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    };
+    // A policy that has been withdrawn meanwhile is never named again.
+    let _ = tokio::time::timeout(NAMED_WITHIN, named).await;
+    handle.current()
 }
 
 /// Records the direct flows that the reconciler closed, until it is gone.

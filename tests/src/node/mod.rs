@@ -270,8 +270,12 @@ fn forwarding(family: Family) -> Vec<(&'static str, &'static str)> {
 /// The bridge for the pods, routes to the other nodes' pods, services to the node itself
 /// (where the lab's service proxy listens), everything else to the machine outside.
 fn network(family: Family, number: u8, nodes: u8) -> Vec<String> {
-    let mut commands: Vec<String> =
-        vec!["link add cni0 type bridge mcast_snooping 0".into(), "link set cni0 up".into()];
+    let mut commands: Vec<String> = vec![
+        // An address of its own: a bridge without one takes its ports' lowest, so that each
+        // new pod could change the gateway's under the feet of the others' neighbour tables.
+        "link add cni0 address 02:00:00:00:00:01 type bridge mcast_snooping 0".into(),
+        "link set cni0 up".into(),
+    ];
     let gateway = address::pod(family, number, 1);
     let outside = address::outside_on_link(family);
     if let (Some(own), Some(outside)) = (gateway.v4, outside.v4) {

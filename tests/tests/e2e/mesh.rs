@@ -202,3 +202,8 @@ pub fn with_logs(mesh: &Mesh, test: impl FnOnce(&Mesh) -> Result<()>) -> Result<
 pub fn dial_with(client: &Pod, role: Dial) -> Result<DialReport> {
     client.run(&Role::Dial(role), TIMEOUT)
 }
+
+/// True when the agents run with kernel features masked.
+pub fn is_masked() -> bool {
+    std::env::var_os("SIGNET_MASK_FEATURES").is_some_and(|mask| !mask.is_empty())
+}
