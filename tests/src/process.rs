@@ -150,7 +150,7 @@ impl Running {
             .name(format!("read {name}"))
             .spawn(move || {
                 for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                    let value = serde_json::from_str(&line).unwrap_or_else(|_| Value::String(line));
+                    let value = serde_json::from_str(&line).unwrap_or(Value::String(line));
                     lock(&reader.lines).values.push(value);
                     reader.more.notify_all();
                 }

@@ -508,8 +508,11 @@ mod tests {
             [allowed(), denied(), refused()].map(|r| filters.matches(&r))
         };
         assert_eq!(shown(&[], &[]), [true, true, true]);
-        assert_eq!(shown(&[drops.clone()], &[]), [false, true, true]);
-        assert_eq!(shown(&[drops.clone()], &[of_intruder.clone()]), [false, false, true]);
+        assert_eq!(shown(std::slice::from_ref(&drops), &[]), [false, true, true]);
+        assert_eq!(
+            shown(std::slice::from_ref(&drops), std::slice::from_ref(&of_intruder)),
+            [false, false, true]
+        );
         assert_eq!(shown(&[], &[of_intruder.clone(), drops.clone()]), [true, false, false]);
         // Fields of one filter must all hold; filters of a list, any.
         let both = FlowFilter { verdict: drops.verdict.clone(), ..of_intruder };

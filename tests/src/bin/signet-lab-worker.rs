@@ -21,6 +21,7 @@ struct Arguments {
     what: What,
 }
 
+#[expect(clippy::large_enum_variant, reason = "parsed once, at the start of the process")]
 #[derive(Subcommand)]
 enum What {
     /// Executes a program.

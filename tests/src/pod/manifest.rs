@@ -7,6 +7,7 @@ use super::{Container, PodBuilder};
 use crate::traffic::Role;
 
 /// What a container runs.
+#[expect(clippy::large_enum_variant, reason = "a handful live at once, in a test's set-up")]
 #[derive(Clone, Debug)]
 pub enum Program {
     /// A role of the lab's helper.
