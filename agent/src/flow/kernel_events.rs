@@ -15,7 +15,7 @@ use signet_ebpf::abi::{Direction, Event, Ip, Mode, Reason, Verdict, hook};
 use uuid::Uuid;
 
 use super::record::{FlowEvent, FlowRecord, KnownBy, Party, Reporter, Via};
-use crate::{endpoint::state::NodeState, telemetry::names};
+use crate::{endpoint::state::NodeState, spiffe::SpiffeId, telemetry::names};
 
 /// The same flow refused again within this time is a retransmission.
 const RETRANSMISSION: u64 = 3_000_000_000;
@@ -227,6 +227,14 @@ fn known_by_address(address: SocketAddr, state: &NodeState, number: Option<u32>)
     if let Some(pod) = world.pods_by_ip.get(&address.ip()).and_then(|uid| world.pods.get(uid)) {
         party.pod = Some((pod.name.namespace.clone(), pod.name.name.clone()));
         party.service_account = Some(pod.service_account.clone());
+        // The world says whose address it is, also where the kernel has no number for it.
+        party.identity = SpiffeId::for_service_account(
+            &world.trust_domain,
+            &pod.name.namespace,
+            &pod.service_account,
+        )
+        .ok();
+        party.known_by = KnownBy::Address;
     }
     if let Some(service) = world.services_by_ip.get(&address.ip()) {
         party.service = Some(format!("{}/{}", service.namespace, service.name).into());
@@ -329,6 +337,16 @@ mod tests {
         assert_eq!(names(&record.destination).as_deref(), Some("shop/payments-5b7f"));
         assert_eq!(record.destination.known_by, KnownBy::Kernel);
         assert_eq!(record.destination.port, 8080);
+    }
+
+    #[test]
+    fn an_address_without_a_number_is_known_from_the_world() {
+        let record = convert(&Event { remote_identity: 0, ..event() }).unwrap();
+        assert_eq!(record.source.identity, Some(identity("shop", "frontend")));
+        assert_eq!(record.source.known_by, KnownBy::Address);
+        let stranger = Event { remote_identity: 0, remote: ip("10.0.1.6"), ..event() };
+        let source = convert(&stranger).unwrap().source;
+        assert_eq!((source.identity, source.known_by), (None, KnownBy::Unknown));
     }
 
     #[test]
