@@ -151,7 +151,8 @@ impl Assembler {
                 message: format!("{}: {}", fault.key, fault.message),
             });
         }
-        if let Some(why) = facts.unenforceable.as_ref().filter(|_| mode.is_enforced())
+        if let Some(why) = &facts.unenforceable
+            && mode.is_enforced()
             && !facts.finished
         {
             problems.push(Problem {

@@ -183,15 +183,13 @@ fn policies() -> impl Strategy<Value = Vec<Arc<Policy>>> {
     let unsupported = prop_oneof![9 => Just(vec![]), 1 => Just(vec!["x".to_owned()])];
     let one = (action, option::of(vec(rule(), 0..3)), option::of(vec(rule(), 0..3)), unsupported);
     vec(one, 0..4).prop_map(|all| {
-        let number = |(index, (action, ingress, egress, unsupported)): (
-            usize,
-            (_, Option<Vec<Rule>>, Option<Vec<Rule>>, _),
-        )| {
-            Arc::new(Policy {
+        let mut policies = Vec::new();
+        for (action, ingress, egress, unsupported) in all {
+            policies.push(Arc::new(Policy {
                 name: PolicyName {
                     kind: "IdentityPolicy".into(),
                     namespace: "shop".into(),
-                    name: (index + 1).to_string().into(),
+                    name: (policies.len() + 1).to_string().into(),
                 },
                 selector: Selector { namespace: None, labels: BTreeMap::new() },
                 action,
@@ -200,9 +198,9 @@ fn policies() -> impl Strategy<Value = Vec<Arc<Policy>>> {
                 ingress: ingress.unwrap_or_default(),
                 egress: egress.unwrap_or_default(),
                 unsupported,
-            })
-        };
-        all.into_iter().enumerate().map(number).collect()
+            }));
+        }
+        policies
     })
 }
 
