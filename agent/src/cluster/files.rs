@@ -159,12 +159,14 @@ fn follow(
     debounce: Duration,
 ) {
     while !sender.is_closed() {
-        let lost = watches.hold().is_err();
-        match events.recv_timeout(RETRY) {
-            Ok(()) => {}
-            Err(mpsc::RecvTimeoutError::Timeout) if lost || watches.is_stale() => {}
-            Err(mpsc::RecvTimeoutError::Timeout) => continue,
-            Err(mpsc::RecvTimeoutError::Disconnected) => return,
+        // What happened before a new watch was set nobody tells of: read at once.
+        if !matches!(watches.hold(), Ok(Hold::New)) {
+            match events.recv_timeout(RETRY) {
+                Ok(()) => {}
+                Err(mpsc::RecvTimeoutError::Timeout) if watches.is_stale() => {}
+                Err(mpsc::RecvTimeoutError::Timeout) => continue,
+                Err(mpsc::RecvTimeoutError::Disconnected) => return,
+            }
         }
         let latest = Instant::now() + debounce * MAX_DEBOUNCES;
         while events.recv_timeout(debounce).is_ok() && Instant::now() < latest {}
@@ -174,6 +176,14 @@ fn follow(
             sender.send_replace(world);
         }
     }
+}
+
+/// What became of the watches.
+enum Hold {
+    /// They are as they were.
+    Same,
+    /// One is new.
+    New,
 }
 
 /// Watches on the directory and on the board in it.
@@ -189,14 +199,15 @@ impl Watches {
         [self.dir.clone(), self.dir.join(BOARD_DIR)]
     }
 
-    /// True when a directory is not the one that is watched.
+    /// True when a directory is not the one that is watched, or the main one is not there.
     fn is_stale(&self) -> bool {
-        self.dirs().iter().zip(self.held).any(|(dir, held)| inode(dir) != held)
+        self.held[0].is_none()
+            || self.dirs().iter().zip(self.held).any(|(dir, held)| inode(dir) != held)
     }
 
     /// Watches what is there. The board may be missing, the directory may not.
-    fn hold(&mut self) -> notify::Result<()> {
-        let mut result = Ok(());
+    fn hold(&mut self) -> notify::Result<Hold> {
+        let mut result = Ok(Hold::Same);
         for (index, dir) in self.dirs().iter().enumerate() {
             let present = inode(dir);
             if present == self.held[index] && (index > 0 || present.is_some()) {
@@ -207,7 +218,13 @@ impl Watches {
                 let _ = self.watcher.unwatch(dir);
             }
             match self.watcher.watch(dir, RecursiveMode::NonRecursive) {
-                Ok(()) => self.held[index] = present,
+                Ok(()) => {
+                    // One made since it was looked at is held at the next turn.
+                    self.held[index] = present;
+                    if result.is_ok() {
+                        result = Ok(Hold::New);
+                    }
+                }
                 Err(error) if index == 0 => result = Err(error),
                 Err(_) => {}
             }
