@@ -43,6 +43,7 @@ impl Picture {
         let state = self.state.current();
         let report = self.report.borrow().clone();
         let mut problems = report.problems;
+        problems.extend(state.problems.iter().cloned());
         let drops = match self.counters.drops() {
             Ok(drops) => drops.into_iter().map(|(key, count)| DropCount { key, count }).collect(),
             Err(error) => {

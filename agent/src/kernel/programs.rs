@@ -87,6 +87,7 @@ pub struct Programs {
     pins: Pins,
     /// The object whose programs wait to be swapped in; `None` once they are attached.
     waiting: Option<Ebpf>,
+    lookup_loader: ObjectLoader,
     lookups: BTreeSet<u64>,
     warnings: Vec<String>,
 }
@@ -123,7 +124,9 @@ impl Programs {
 
         let layouts = layouts(MAIN, MAIN_OBJECT)?;
         let pins = Pins::open(&config.bpffs, &config.instance, &layouts)?;
-        let mut ebpf = load_object(MAIN, MAIN_OBJECT, pins.maps(), Some(features.bits()), None)?;
+        let bits = features.bits();
+        let mut ebpf = ObjectLoader::new(MAIN, MAIN_OBJECT, pins.maps(), bits).load()?;
+        let lookup_loader = ObjectLoader::new(LOOKUP, LOOKUP_OBJECT, pins.maps(), bits);
         let maps = Maps::take(&mut ebpf, pins.maps())?;
         for (program, ..) in HOOKS {
             load_program(&mut ebpf, MAIN_OBJECT, program)?;
@@ -137,6 +140,7 @@ impl Programs {
             host_netns,
             pins,
             waiting: Some(ebpf),
+            lookup_loader,
             lookups: BTreeSet::new(),
             warnings: Vec::new(),
         };
@@ -179,13 +183,7 @@ impl Programs {
         if self.lookups.contains(&netns.cookie) {
             return Ok(());
         }
-        let mut ebpf = load_object(
-            LOOKUP,
-            LOOKUP_OBJECT,
-            self.pins.maps(),
-            Some(self.features.bits()),
-            Some(netns.cookie),
-        )?;
+        let mut ebpf = self.lookup_loader.load_for(netns.cookie)?;
         load_program(&mut ebpf, LOOKUP_OBJECT, "lookup")?;
         let program = program_fd(&mut ebpf, LOOKUP_OBJECT, "lookup")?;
         let name = format!("{LOOKUP_PREFIX}{}", netns.cookie);
@@ -466,26 +464,44 @@ fn layouts(bytes: &[u8], object: &'static str) -> Result<BTreeMap<String, Layout
         .collect())
 }
 
-fn load_object(
-    bytes: &[u8],
+/// Loads one object any number of times. It is kept, because making a loader parses the
+/// whole kernel's BTF: some tens of milliseconds, for nothing that these programs need.
+#[derive(Debug)]
+struct ObjectLoader {
+    loader: EbpfLoader<'static>,
+    bytes: &'static [u8],
     object: &'static str,
-    pins: &Path,
-    features: Option<u32>,
-    netns: Option<u64>,
-) -> Result<Ebpf, KernelError> {
-    let paths: Vec<(&str, PathBuf)> = PINNED.iter().map(|name| (*name, pins.join(name))).collect();
-    let mut loader = EbpfLoader::new();
-    loader.default_map_pin_directory(pins);
-    for (name, path) in &paths {
-        loader.map_pin_path(name, path.as_path());
+}
+
+impl ObjectLoader {
+    /// `features` goes into the programs' read-only data, where the object reads any.
+    fn new(bytes: &'static [u8], object: &'static str, pins: &Path, features: u32) -> Self {
+        let mut loader = EbpfLoader::new();
+        loader.btf(None).default_map_pin_directory(pins);
+        for name in PINNED {
+            loader.map_pin_path(name, pins.join(name));
+        }
+        loader.override_global("FEATURES", forever(features), object == MAIN_OBJECT);
+        Self { loader, bytes, object }
     }
-    if let Some(features) = &features {
-        loader.override_global("FEATURES", features, object == MAIN_OBJECT);
+
+    fn load(&mut self) -> Result<Ebpf, KernelError> {
+        self.loader
+            .load(self.bytes)
+            .map_err(|source| KernelError::Load { object: self.object, source: Box::new(source) })
     }
-    if let Some(netns) = &netns {
-        loader.override_global("NETNS", netns, true);
+
+    /// Loads an instance for the network namespace `cookie`.
+    fn load_for(&mut self, cookie: u64) -> Result<Ebpf, KernelError> {
+        self.loader.override_global("NETNS", forever(cookie), true);
+        self.load()
     }
-    loader.load(bytes).map_err(|source| KernelError::Load { object, source: Box::new(source) })
+}
+
+/// A value that is never freed: the loader borrows its globals for as long as it lives. One
+/// word a pod.
+fn forever<T>(value: T) -> &'static T {
+    Box::leak(Box::new(value))
 }
 
 fn load_program(
@@ -618,7 +634,7 @@ mod tests {
     fn foreign_object() -> Ebpf {
         let pins = tempfile::tempdir().unwrap();
         super::super::bpffs::ensure(pins.path()).unwrap();
-        let mut ebpf = load_object(MAIN, MAIN_OBJECT, pins.path(), Some(0), None).unwrap();
+        let mut ebpf = ObjectLoader::new(MAIN, MAIN_OBJECT, pins.path(), 0).load().unwrap();
         load_program(&mut ebpf, MAIN_OBJECT, "connect4").unwrap();
         rustix::mount::unmount(pins.path(), rustix::mount::UnmountFlags::DETACH).unwrap();
         ebpf

@@ -334,15 +334,18 @@ impl<'a> Planner<'a> {
         }
     }
 
+    /// What cannot be enforced is shown with its pod; what may not be is told here.
     fn explain_cap(&mut self, pod: &Pod) {
-        let message = match &pod.unenforceable {
-            Some(why) => format!("cannot be enforced ({why}): observed only"),
-            None => format!(
-                "the namespace {} is never enforced (neverDeny): observed only",
-                pod.name.namespace
-            ),
-        };
-        self.problems.push(Problem { subject: subject(&pod.name), message });
+        if pod.unenforceable.is_none() {
+            self.problems.push(Problem {
+                subject: subject(&pod.name),
+                message: format!(
+                    "its mode is not enforced: pods of the namespace {} never are (kube-system, \
+                     neverDeny); it is observed",
+                    pod.name.namespace
+                ),
+            });
+        }
     }
 
     fn endpoint(

@@ -18,6 +18,10 @@ use super::{
 };
 use crate::{cluster::model::World, netns::NetnsFd};
 
+/// Pods that get their listeners in one turn: a storm of new pods must not hold the others
+/// (those that are off, above all) up.
+const PODS_A_TURN: usize = 16;
+
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
 
@@ -31,6 +35,8 @@ impl Reconciler {
         now: Instant,
     ) -> Result<bool, ReconcileError> {
         let mut opened = false;
+        let mut left = PODS_A_TURN;
+        self.more_to_open = false;
         for pod in own_pods(world, params) {
             let enforced = plan::wanted_mode(&pod, params).is_some_and(Mode::is_enforced);
             let Some(found) = self.discovery.found().get(&pod.uid).filter(|_| enforced) else {
@@ -46,6 +52,11 @@ impl Reconciler {
             if !again {
                 continue;
             }
+            if left == 0 {
+                self.more_to_open = true;
+                break;
+            }
+            left -= 1;
             let state = match self.open(&key, &netns, backlog).await? {
                 Ok(ports) => {
                     opened = true;

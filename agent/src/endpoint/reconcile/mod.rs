@@ -171,6 +171,8 @@ struct Reconciler {
     workloads_level: u32,
     started: Instant,
     first_missed: HashMap<PodUid, Instant>,
+    /// Some pods' listeners are left for the next turn.
+    more_to_open: bool,
     planned: Option<u64>,
     last_state: Option<NodeState>,
     due: Option<Instant>,
@@ -210,6 +212,7 @@ impl Reconciler {
             workloads_level,
             started: Instant::now(),
             first_missed: HashMap::new(),
+            more_to_open: false,
             planned: None,
             last_state: None,
             due: None,
@@ -412,10 +415,11 @@ impl Reconciler {
         }
     }
 
-    /// True while some pod has been looked for, and not for long.
+    /// True while some pod has been looked for, and not for long, or waits for its turn.
     fn is_impatient(&self) -> bool {
         let now = Instant::now();
-        self.first_missed.values().any(|since| now.duration_since(*since) < IMPATIENCE)
+        self.more_to_open
+            || self.first_missed.values().any(|since| now.duration_since(*since) < IMPATIENCE)
     }
 
     // ---- identities
