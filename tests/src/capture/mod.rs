@@ -38,13 +38,21 @@ const FRAME: usize = 66 * 1024;
 /// The socket's buffer: a burst that the thread needs time for must not be lost.
 const BUFFER: usize = 64 << 20;
 
+/// How many frames there were.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    /// In the file.
+    captured: u64,
+    /// Received by the switch's ports, by their own counters.
+    received: u64,
+}
+
 /// A capture that runs.
 #[derive(Debug)]
 pub struct Capture {
     stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<Result<u64>>>,
+    thread: Option<JoinHandle<Result<Counts>>>,
     file: PathBuf,
-    namespace: PathBuf,
     received_before: u64,
 }
 
@@ -66,35 +74,27 @@ impl Capture {
         let stop = Arc::new(AtomicBool::new(false));
         let writer =
             BufWriter::new(File::create(file).with_context(|| file.display().to_string())?);
-        let flag = Arc::clone(&stop);
+        let (flag, place) = (Arc::clone(&stop), namespace.to_owned());
         let thread = std::thread::Builder::new()
             .name("capture".into())
-            .spawn(move || record(socket, writer, &flag))
+            .spawn(move || record(socket, writer, &flag, &place))
             .context("capture thread")?;
-        Ok(Self {
-            stop,
-            thread: Some(thread),
-            file: file.to_owned(),
-            namespace: namespace.to_owned(),
-            received_before,
-        })
+        Ok(Self { stop, thread: Some(thread), file: file.to_owned(), received_before })
     }
 
     /// Ends the capture and reads it.
     pub fn stop(mut self) -> Result<Captured> {
-        // Counted before the end: what comes meanwhile may be in the file or not.
-        let received = received(&self.namespace)?.saturating_sub(self.received_before);
-        let captured = self.end()?;
+        let Counts { captured, received } = self.end()?;
         let mut all = Captured::read(&self.file)?;
-        all.lost = received.saturating_sub(captured);
+        all.lost = received.saturating_sub(self.received_before).saturating_sub(captured);
         Ok(all)
     }
 
-    fn end(&mut self) -> Result<u64> {
+    fn end(&mut self) -> Result<Counts> {
         self.stop.store(true, Ordering::Relaxed);
         match self.thread.take() {
             Some(thread) => thread.join().map_err(|_| anyhow!("the capture thread panicked"))?,
-            None => Ok(0),
+            None => Ok(Counts::default()),
         }
     }
 }
@@ -140,23 +140,37 @@ fn received(namespace: &Path) -> Result<u64> {
     })
 }
 
-fn record(mut socket: Socket, mut file: BufWriter<File>, stop: &AtomicBool) -> Result<u64> {
+fn record(
+    mut socket: Socket,
+    mut file: BufWriter<File>,
+    stop: &AtomicBool,
+    namespace: &Path,
+) -> Result<Counts> {
+    /// Rounds after which a switch that is never quiet is taken as it is.
+    const ROUNDS: u32 = 40;
     let mut frame = vec![0; FRAME];
-    let mut count = 0;
+    let (mut captured, mut received_last, mut rounds) = (0, None, 0);
     pcap::write_header(&mut file).context("pcap header")?;
     loop {
         match socket.read(&mut frame) {
             Ok(length) => {
                 pcap::write_packet(&mut file, SystemTime::now(), &frame[..length])
                     .context("pcap")?;
-                count += 1;
+                captured += 1;
             }
             Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                // Only an idle moment ends it, so that nothing received before is left out.
-                if stop.load(Ordering::Relaxed) {
-                    file.flush().context("pcap")?;
-                    return Ok(count);
+                if !stop.load(Ordering::Relaxed) {
+                    continue;
                 }
+                // It ends when two looks at the counters, with an idle moment in between, are
+                // the same: then whatever they count has been read, or is lost.
+                let received = received(namespace)?;
+                rounds += 1;
+                if received_last == Some(received) || rounds == ROUNDS {
+                    file.flush().context("pcap")?;
+                    return Ok(Counts { captured, received: received_last.unwrap_or(received) });
+                }
+                received_last = Some(received);
             }
             Err(e) if e.kind() == ErrorKind::Interrupted => {}
             Err(e) => return Err(e).context("capture"),
