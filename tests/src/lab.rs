@@ -449,7 +449,7 @@ fn outside(id: &LabId, family: Family, nodes: u8, switch: &Switch) -> Result<Pla
     netns::batch(&namespace, &commands)?;
     let cgroup = cgroup::mount_point()?.join(id.as_str()).join("outside");
     cgroup::create(&cgroup)?;
-    Ok(Place { cgroup, netns, logs: id.directory().join("logs") })
+    Ok(Place { cgroup, netns, runtime_netns: None, logs: id.directory().join("logs") })
 }
 
 /// Polls until `probe` gives a value; its last error says why it did not.

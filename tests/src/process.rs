@@ -26,6 +26,9 @@ pub struct Place {
     pub cgroup: PathBuf,
     /// The network namespace's file.
     pub netns: PathBuf,
+    /// The node's network namespace, for a pod's processes: a runtime's child joins the pod's
+    /// cgroup while it is still there.
+    pub runtime_netns: Option<PathBuf>,
     /// Standard error of everything that runs here goes to files in this directory.
     pub logs: PathBuf,
 }
@@ -99,6 +102,9 @@ impl Place {
     fn worker(&self) -> Result<Command> {
         let mut command = Command::new(worker_binary()?);
         without_own_variables(&mut command);
+        if let Some(runtime) = &self.runtime_netns {
+            command.arg("--runtime-netns").arg(runtime);
+        }
         command.arg("--cgroup").arg(&self.cgroup).arg("--netns").arg(&self.netns);
         Ok(command)
     }

@@ -11,6 +11,10 @@ use signet_lab::{leftovers, netns, traffic::Role};
 #[derive(Parser)]
 #[command(about = "Roles of Signet's lab")]
 struct Arguments {
+    /// Enters this network namespace before anything else, as a container runtime's child
+    /// comes from the node's.
+    #[arg(long)]
+    runtime_netns: Option<PathBuf>,
     /// Joins this cgroup first.
     #[arg(long)]
     cgroup: Option<PathBuf>,
@@ -44,6 +48,9 @@ enum What {
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     // Before any socket and any thread: what is made later belongs there.
+    if let Some(namespace) = &arguments.runtime_netns {
+        netns::enter(namespace)?;
+    }
     if let Some(cgroup) = &arguments.cgroup {
         std::fs::write(cgroup.join("cgroup.procs"), "0")
             .with_context(|| format!("cannot join {}", cgroup.display()))?;

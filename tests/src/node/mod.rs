@@ -148,7 +148,12 @@ impl Node {
     }
 
     fn place(&self, part: &str) -> Place {
-        Place { cgroup: self.cgroup.join(part), netns: self.netns.clone(), logs: self.logs.clone() }
+        Place {
+            cgroup: self.cgroup.join(part),
+            netns: self.netns.clone(),
+            runtime_netns: None,
+            logs: self.logs.clone(),
+        }
     }
 
     /// Runs a command as a process of the host (not the kubelet's).

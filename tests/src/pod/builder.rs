@@ -183,6 +183,7 @@ impl PodBuilder {
             .join(self.surroundings.node.driver.container_directory(&kubelet::container_id()));
         cgroup::create(&main_directory)?;
         let main = Place {
+            runtime_netns: Some(self.surroundings.node.netns().to_owned()),
             cgroup: main_directory,
             netns: sandbox.netns.clone(),
             logs: self.surroundings.logs.clone(),
