@@ -35,8 +35,13 @@ fn plaintext_is_refused_at_once_and_reported() -> Result<()> {
         answered_soon(frontend, payments.at(TCP))?;
         let before: TcpServerReport = payments.report_of("tcp")?;
         for to in payments.all_at(TCP) {
-            let report = refused(reports, to, "plain from a pod")?;
-            ensure!(report.total_us < 500_000, "not at once: {report:?}");
+            // The quickest of three: a first packet that the busy machine itself lost is sent
+            // again after a second; one that is dropped silently always is.
+            let mut quickest = u64::MAX;
+            for _ in 0..3 {
+                quickest = quickest.min(refused(reports, to, "plain from a pod")?.total_us);
+            }
+            ensure!(quickest < 500_000, "not at once: {quickest} us");
             let report = dial_from(lab.outside(), to, "plain from outside")?;
             ensure!(report.refused() && report.total_us < 500_000, "{report:?}");
         }
