@@ -308,7 +308,7 @@ mod tests {
             let peer = check(forged, &[("td", &root)]).unwrap_or_else(|e| panic!("{i}: {e}"));
             assert_eq!(peer.id.as_str(), ID);
             let left = peer.not_after.duration_since(Timestamp::now()).as_secs();
-            assert!((3590..=3600).contains(&left), "{left}");
+            assert!((3500..=3600).contains(&left), "{left}");
         }
     }
 
@@ -440,7 +440,7 @@ mod tests {
             let error = check(&forged, trusted).unwrap_err();
             assert_eq!((error.kind(), error.reason()), (kind, reason), "{error}");
         }
-        assert!(check(&root.leaf_with(ID, |p| valid(p, -1, 5)), &trusted).is_ok());
+        assert!(check(&root.leaf_with(ID, |p| valid(p, -1, 60)), &trusted).is_ok());
     }
 
     #[test]
@@ -450,7 +450,7 @@ mod tests {
         let middle = root.intermediate("middle", |p| valid(p, -60, 600));
         let peer = check(&middle.leaf(ID).with(&[&middle.certificate]), &trusted).unwrap();
         let left = peer.not_after.duration_since(Timestamp::now()).as_secs();
-        assert!((590..=600).contains(&left), "the chain ends with its first certificate: {left}");
+        assert!((500..=600).contains(&left), "the chain ends with its first certificate: {left}");
         let junk = CertificateDer::from(vec![1, 2, 3]);
         assert!(check(&root.leaf(ID).with(&[&junk]), &trusted).is_ok(), "not on the path");
 

@@ -194,7 +194,7 @@ async fn a_session_carries_bytes_both_ways_and_names_both_peers() {
     assert_eq!((peer.id, from.id), (id(API), id(WEB)));
     assert_eq!((peer.bundle_generation, from.bundle_generation), (1, 1));
     let left = from.not_after.duration_since(Timestamp::now()).as_secs();
-    assert!((3590..=3600).contains(&left), "{left}");
+    assert!((3500..=3600).contains(&left), "{left}");
     assert_eq!(here.tcp().peer_addr().unwrap(), there.tcp().local_addr().unwrap());
 
     let session = here.0.get_ref().1;
@@ -345,8 +345,9 @@ async fn clients_that_do_not_fit() {
 #[tokio::test]
 async fn bytes_that_are_no_handshake() {
     let root = Forger::root("root");
-    let server = server(&root).with_timeout(SOON);
-    let send = async |bytes: &[u8], stay: bool| {
+    let patient = server(&root);
+    let hasty = server(&root).with_timeout(SOON);
+    let send = async |server: &ServerTls, bytes: &[u8], stay: bool| {
         let peer = |mut tcp: TcpStream| async move {
             let _ = tcp.write_all(bytes).await;
             if stay {
@@ -354,7 +355,7 @@ async fn bytes_that_are_no_handshake() {
             }
         };
         let started = time::Instant::now();
-        let error = serve(&server, peer).await.unwrap_err();
+        let error = serve(server, peer).await.unwrap_err();
         assert_eq!(error.reason(), Reason::HandshakeFailed);
         (error.kind(), started.elapsed())
     };
@@ -369,28 +370,28 @@ async fn bytes_that_are_no_handshake() {
         &[0x16, 3, 1, 0, 4, 0xff, 0xff, 0xff, 0xff],
         &garbage,
     ] {
-        let (kind, took) = send(bytes, true).await;
         let shown = String::from_utf8_lossy(&bytes[..bytes.len().min(16)]);
-        assert_eq!(kind, "not_tls", "{shown:?}");
-        assert!(took < SOON, "at once, not at the timeout: {shown:?}");
+        // The peer stays: without an answer at once this would be a timeout.
+        assert_eq!(send(&patient, bytes, true).await.0, "not_tls", "{shown:?}");
     }
-    assert_eq!(send(b"", false).await.0, "closed");
-    assert_eq!(send(&[0x16, 3, 1, 0, 200, 1], false).await.0, "closed");
+    assert_eq!(send(&patient, b"", false).await.0, "closed");
+    assert_eq!(send(&patient, &[0x16, 3, 1, 0, 200, 1], false).await.0, "closed");
     for stalled in [b"".as_slice(), &[0x16], &[0x16, 3, 1, 0, 200, 1, 0]] {
-        let (kind, took) = send(stalled, true).await;
+        let (kind, took) = send(&hasty, stalled, true).await;
         assert_eq!(kind, "timeout");
-        assert!(took >= SOON && took < 10 * SOON);
+        assert!(took >= SOON && took < HANDSHAKE_TIMEOUT);
     }
-    let control = serve(&server, |tcp| raw_connect(raw_client(root.leaf(WEB)), tcp)).await;
+    let control = serve(&patient, |tcp| raw_connect(raw_client(root.leaf(WEB)), tcp)).await;
     assert!(control.is_ok());
 }
 
 #[tokio::test]
 async fn a_client_waits_only_so_long_and_knows_what_is_no_tls() {
     let root = Forger::root("root");
-    let client = client(&root).with_timeout(SOON);
+    let client = client(&root);
     let (dialled, silent) = tcp().await;
-    let error = client.connect(dialled, &[id(API)]).await.unwrap_err();
+    let hasty = client.clone().with_timeout(SOON);
+    let error = hasty.connect(dialled, &[id(API)]).await.unwrap_err();
     assert_eq!((error.kind(), error.reason()), ("timeout", Reason::HandshakeFailed));
     drop(silent);
     let (dialled, mut plain) = tcp().await;
