@@ -100,6 +100,21 @@ fn a_service_gives_a_ready_endpoint_that_the_source_may_reach() {
 }
 
 #[test]
+fn a_virtual_address_leads_to_endpoints_of_its_own_family() {
+    let mut world = sample();
+    service(&mut world, &[("fd00:77::2", true, true), (ENROLLED, true, true)]);
+    let own = [ip("10.77.0.1")];
+    let strict = Source { mode: Mode::Strict, addresses: &own };
+    for pick in 0..8 {
+        let found = route(&world, strict, address(VIP, 80), pick).unwrap();
+        assert_eq!(found.destination, address(ENROLLED, 8080));
+    }
+    service(&mut world, &[("fd00:77::2", true, true)]);
+    let error = route(&world, strict, address(VIP, 80), 0).unwrap_err();
+    assert!(matches!(error, RouteError::NoEndpoint { .. }), "{error}");
+}
+
+#[test]
 fn endpoints_that_terminate_come_last_and_none_is_an_answer() {
     let mut world = sample();
     service(&mut world, &[(ENROLLED, false, true), (OFF, true, true)]);
