@@ -104,7 +104,7 @@ impl Programs {
     pub fn load(config: &KernelConfig) -> Result<(Self, Maps), KernelError> {
         check_permitted()?;
         let hierarchy = Hierarchy::find()?;
-        let workloads = open_root(&hierarchy, &config.workloads, "--cgroup-root")?;
+        let workloads = open_workloads(&hierarchy, &config.workloads)?;
         let node = open_root(&hierarchy, &config.node, "--node-cgroup")?;
         if workloads.path == hierarchy.mount() {
             return Err(KernelError::WorkloadsIsRoot { root: workloads.path });
@@ -427,6 +427,20 @@ pub fn check_permitted() -> Result<(), KernelError> {
     }
 }
 
+/// The workloads root; `kubepods` also where the systemd driver calls it `kubepods.slice`.
+fn open_workloads(hierarchy: &Hierarchy, name: &Path) -> Result<Cgroup, KernelError> {
+    let given = open_root(hierarchy, name, "--cgroup-root");
+    if let Err(KernelError::NoCgroup { .. }) = given {
+        let mut slice = name.as_os_str().to_owned();
+        slice.push(".slice");
+        if let Ok(cgroup) = hierarchy.open(Path::new(&slice)) {
+            tracing::info!(root = %cgroup.name.display(), "the pods' root is systemd's");
+            return Ok(cgroup);
+        }
+    }
+    given
+}
+
 fn open_root(
     hierarchy: &Hierarchy,
     name: &Path,
@@ -607,10 +621,16 @@ mod tests {
         let error = Programs::load(&missing).map(drop).unwrap_err().to_string();
         assert!(error.contains("nowhere") && error.contains("--cgroup-root"), "{error}");
 
+        // The systemd driver's name of the same directory is found.
+        fs::create_dir(host.cgroup.join("pods.slice")).unwrap();
+        let hierarchy = Hierarchy::find().unwrap();
+        let found = open_workloads(&hierarchy, &host.name.join("pods")).unwrap();
+        assert!(found.name.ends_with("pods.slice"));
+        fs::remove_dir(host.cgroup.join("pods.slice")).unwrap();
+
         // Another tool's exclusive program on the parent is named.
         let workloads = host.cgroup.join("kubepods");
         fs::remove_file(base.join("v1/links/connect4")).unwrap();
-        let hierarchy = Hierarchy::find().unwrap();
         let mut foreign = foreign_object();
         let program = program_fd(&mut foreign, MAIN_OBJECT, "connect4").unwrap();
         let parent = File::open(&host.cgroup).unwrap();

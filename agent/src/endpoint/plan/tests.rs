@@ -7,7 +7,7 @@ use crate::{
     spiffe::TrustDomain,
 };
 use proptest::prelude::*;
-use signet_ebpf::abi::enforcement;
+use signet_ebpf::abi::{IDENTITY_HOST, ServiceKey, address, enforcement, range, service};
 
 const NODE: &str = "node-1";
 
