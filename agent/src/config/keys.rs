@@ -303,13 +303,6 @@ keys! {
         "Namespaces whose pods are registered first and never wait, besides kube-system."
         set(c, v) { c.never_deny = each(v, |n| label(n, 63))?; }
         get(c) c.never_deny.clone();
-    "clusterDns" Live true "addresses" "The cluster's resolvers, for the built-in DNS rule."
-        set(c, v) {
-            c.cluster_dns = each(v, |a| {
-                a.parse().map_err(|_| format!("{:?} is not an IP address", shorten(a)))
-            })?;
-        }
-        get(c) shown(&c.cluster_dns);
     "podRanges" Restart true "CIDRs"
         "Address ranges of pods: strict refuses an address inside them that nobody knows. The \
          default is what ranges.yaml declares, else what Nodes do (spec.podCIDRs)."

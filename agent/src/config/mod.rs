@@ -13,7 +13,6 @@ pub mod yaml;
 use std::{
     collections::BTreeMap,
     fmt,
-    net::IpAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -46,7 +45,6 @@ pub struct AgentConfig {
     pub enforcement: Enforcement,
     pub other_protocols: OtherProtocols,
     pub never_deny: Vec<String>,
-    pub cluster_dns: Vec<IpAddr>,
     pub pod_ranges: Vec<IpNet>,
     pub service_ranges: Vec<IpNet>,
     pub outside_ranges: Vec<IpNet>,
@@ -94,7 +92,6 @@ impl Default for AgentConfig {
             enforcement: Enforcement::Enforce,
             other_protocols: OtherProtocols::Allow,
             never_deny: Vec::new(),
-            cluster_dns: Vec::new(),
             pod_ranges: Vec::new(),
             service_ranges: Vec::new(),
             outside_ranges: Vec::new(),
