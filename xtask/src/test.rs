@@ -31,7 +31,7 @@ pub struct Selection {
     #[arg(long, conflicts_with = "unit")]
     soak: bool,
     /// End-to-end tests at a time (each has its own nodes and network).
-    #[arg(long, default_value_t = 2, value_name = "N")]
+    #[arg(long, default_value_t = 1, value_name = "N")]
     threads: usize,
     /// Only these variants of the end-to-end suite (`dual` runs all of it, the others its core).
     #[arg(long, value_name = "VARIANT")]
