@@ -67,6 +67,10 @@ fn services_reach_pods_and_the_outside_is_reachable() -> Result<()> {
     server.wait_published()?;
     for ip in service.addresses.all() {
         let url = format!("http://{}/x", std::net::SocketAddr::from((ip, 80)));
+        // The endpoint is written after the pod's status.
+        signet_lab::eventually("the Service has its endpoint", TIMEOUT, || {
+            Ok(client.curl(&url)?.status.success().then_some(()))
+        })?;
         client.curl(&url)?.success()?;
     }
     let outside = lab.outside().start_role("outside", &Role::http(80).argv()?)?;
