@@ -13,7 +13,7 @@ use signet_lab::{
     },
 };
 
-use crate::mesh::{HTTP, Mesh, TCP, TIMEOUT, answered_soon, with_logs};
+use crate::mesh::{HTTP, Mesh, TCP, TIMEOUT, answered_soon, retriable, with_logs};
 
 /// How many pods in all; in batches, so that two cores keep up with the lab's own work.
 const PODS: usize = 200;
@@ -46,9 +46,8 @@ fn what_is_dialled_in_the_first_millisecond_never_goes_in_clear() -> Result<()> 
                 match outcome.as_str() {
                     "answered" => answered += count,
                     // Programs retry these; anything else looks like a broken network.
-                    "connect:ECONNREFUSED" | "read:ECONNRESET" | "write:ECONNRESET" => {
-                        refused += count;
-                    }
+                    "read:ECONNRESET" | "write:ECONNRESET" => refused += count,
+                    outcome if retriable(outcome) => refused += count,
                     other => anyhow::bail!("{other}: {report:?}"),
                 }
             }

@@ -207,3 +207,10 @@ pub fn dial_with(client: &Pod, role: Dial) -> Result<DialReport> {
 pub fn is_masked() -> bool {
     std::env::var_os("SIGNET_MASK_FEATURES").is_some_and(|mask| !mask.is_empty())
 }
+
+/// True for an outcome that programs retry: the refusal of a pod that is not known yet. A
+/// kernel that cannot choose the errno (or is told so) says EPERM.
+pub fn retriable(outcome: &str) -> bool {
+    let masked = std::env::var_os("SIGNET_MASK_FEATURES").is_some();
+    outcome == "connect:ECONNREFUSED" || (masked && outcome == "connect:EPERM")
+}

@@ -1,6 +1,7 @@
 //! The main promises; run in every variant.
 
 mod calls;
+mod features;
 mod modes;
 mod refusals;
 mod restart;

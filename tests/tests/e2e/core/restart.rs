@@ -5,7 +5,9 @@ use std::{collections::BTreeSet, path::Path, thread, time::Duration};
 use anyhow::{Context, Result, ensure};
 use signet_lab::traffic::{Role, reports::LoadReport, roles::Load, unix_micros};
 
-use crate::mesh::{HTTP, Mesh, TCP, TIMEOUT, answered, answered_soon, refused, with_logs};
+use crate::mesh::{
+    HTTP, Mesh, TCP, TIMEOUT, answered, answered_soon, refused, retriable, with_logs,
+};
 
 /// The restart must serve again this soon.
 const RESTART: Duration = Duration::from_secs(2);
@@ -34,7 +36,7 @@ fn killed_under_load_it_refuses_and_a_restart_serves_again() -> Result<()> {
         agent.kill();
         thread::sleep(Duration::from_millis(700));
         let dead = refused(frontend, payments.at(TCP), "marker-1d1e")?;
-        ensure!(dead.outcome == "connect:ECONNREFUSED", "{dead:?}");
+        ensure!(retriable(&dead.outcome), "{dead:?}");
         // What is not enrolled does not notice.
         answered(reports, (lab.nodes()[0].addresses.first(), 10250).into(), "kubelet")?;
 
@@ -131,7 +133,7 @@ fn sigterm_drains_and_exits_0() -> Result<()> {
         ensure!(code == Some(0), "exit code {code:?}");
         // Registered strict pods stay closed without it.
         let report = refused(&mesh.frontend, mesh.payments.at(TCP), "closed")?;
-        ensure!(report.outcome == "connect:ECONNREFUSED", "{report:?}");
+        ensure!(retriable(&report.outcome), "{report:?}");
         agent.start_ready()?;
         answered_soon(&mesh.frontend, mesh.payments.at(TCP))?;
         Ok(())

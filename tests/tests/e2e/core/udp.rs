@@ -48,6 +48,39 @@ fn datagrams_between_enrolled_pods_and_outside_work_and_are_shown() -> Result<()
 }
 
 #[test]
+fn names_are_still_resolved() -> Result<()> {
+    const DNS: u16 = 53;
+    let mesh = Mesh::start(Some("strict"))?;
+    with_logs(&mesh, |mesh| {
+        let Mesh { lab, frontend, .. } = mesh;
+        lab.namespace("kube-system", None)?;
+        let dns = lab
+            .pod_on(lab.node("node-2")?, "kube-system", "dns")
+            .container("main", Role::udp(DNS))
+            .start()?;
+        dns.wait_published()?;
+        // By way of a Service, as resolv.conf has it: answers come from its address.
+        let service = lab.apply_service(json!({
+            "apiVersion": "v1", "kind": "Service",
+            "metadata": {"name": "dns", "namespace": "kube-system"},
+            "spec": {
+                "selector": {"app": "dns"},
+                "ports": [{"name": "dns", "port": DNS, "protocol": "UDP", "targetPort": DNS}],
+            },
+        }))?;
+        for ip in service.addresses.all().into_iter().chain(dns.ips()) {
+            answered_soon(frontend, (ip, DNS).into())?;
+        }
+        lab.agent("node-1")?.wait_flow("a DNS query", &["--port", "53"], |flow| {
+            flow.protocol == "udp"
+                && flow.source.full_name() == "shop/frontend"
+                && flow.is("FORWARDED", "allowed")
+        })?;
+        Ok(())
+    })
+}
+
+#[test]
 fn udp_denials_reach_open_sockets_too() -> Result<()> {
     let mesh = Mesh::start(Some("strict"))?;
     with_logs(&mesh, |mesh| {
