@@ -17,6 +17,7 @@ use tokio_util::task::TaskTracker;
 
 use super::{counters::Counters, plane::Plane, served::Served};
 use crate::{
+    cluster::model::PodUid,
     endpoint::state::EndpointKey,
     spiffe::SpiffeId,
     tunnel::{
@@ -35,8 +36,11 @@ pub struct TunnelKey {
     pub identity: SpiffeId,
     /// The source's address.
     pub source_ip: IpAddr,
-    /// The destination pod.
+    /// The destination pod's address.
     pub destination: IpAddr,
+    /// The destination pod: one that gets the address of another, even under the same
+    /// identity, does not get its connections, which nobody answers any more.
+    pub pod: Option<PodUid>,
     /// The only identity that the destination may prove.
     pub expected: SpiffeId,
 }

@@ -61,6 +61,9 @@ use crate::{
 /// How long what was cut may take to go.
 const CUT_WITHIN: Duration = Duration::from_secs(2);
 
+/// How often the pools are emptied while flows finish.
+const POOL_EMPTIED_EVERY: Duration = Duration::from_millis(100);
+
 /// What the data plane works with.
 pub struct Dependencies {
     /// Who is here, and under which policies.
@@ -206,8 +209,6 @@ impl DataPlaneHandle {
         self.plane.drain.cancel();
         for core in self.cores.iter() {
             core.tracker.close();
-            // Pooled connections end with their last flow.
-            core.pool.retain(|_| false);
         }
         let finished = timeout_at(deadline, self.finished()).await.is_ok();
         if !finished {
@@ -231,7 +232,14 @@ impl DataPlaneHandle {
 
     async fn finished(&self) {
         for core in self.cores.iter() {
-            core.tracker.wait().await;
+            loop {
+                // Pooled connections end with their last flow; a flow that is still being
+                // opened may put another one in.
+                core.pool.retain(|_| false);
+                if timeout(POOL_EMPTIED_EVERY, core.tracker.wait()).await.is_ok() {
+                    break;
+                }
+            }
         }
     }
 }

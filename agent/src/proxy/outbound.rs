@@ -294,6 +294,7 @@ impl Outbound<'_> {
             identity: admitted.endpoint.identity.clone(),
             source_ip: admitted.source_ip,
             destination: admitted.route.destination.ip(),
+            pod: admitted.route.pod.as_ref().map(|pod| pod.uid.clone()),
             expected,
         };
         let open = Open {
@@ -314,8 +315,14 @@ impl Outbound<'_> {
             let lease = self.core.pool.lease(&key, stamp, dial).await.map_err(Refused::Dial)?;
             match lease.client.open(&open).await {
                 Ok(stream) => return Ok(Onward::Tunnel(stream, lease.permit)),
-                // A pooled connection may have died, or said goodbye, since its last flow.
-                Err(error) if lease.reused && !second && error.is_connections_fault() => {
+                Err(error) if error.is_connections_fault() => {
+                    // The peer says goodbye while old flows keep the connection alive:
+                    // nobody else is to find it in the pool.
+                    lease.client.retire();
+                    // One that was dialled for this flow would only fail again.
+                    if second || !lease.reused {
+                        return Err(error.into());
+                    }
                     second = true;
                 }
                 Err(error) => return Err(error.into()),

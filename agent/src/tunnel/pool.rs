@@ -107,7 +107,7 @@ impl Dialled {
         self.stamp == stamp
             && now < self.deadline
             && now.saturating_duration_since(self.client.created()) < OLDEST
-            && !self.client.is_closed()
+            && !self.client.is_retired()
     }
 }
 

@@ -511,6 +511,41 @@ async fn stopping_an_endpoint_ends_its_flows_in_their_time() {
 }
 
 #[tokio::test]
+async fn a_peer_that_says_goodbye_while_flows_are_open_gets_a_new_connection() {
+    let pair = Pair::with(|config| config.cores = 1).await;
+    let listener = pair.listen().await;
+    let (mut client, mut server) = pair.flow(&listener).await;
+    // Trust changes at the server only: it retires the connection, the open flow goes on.
+    let other = Authority::new();
+    let elsewhere = crate::spiffe::TrustDomain::parse("other.test").unwrap();
+    pair.server.trust.set(elsewhere, other.issuer.bundle());
+    sleep(Duration::from_millis(200)).await;
+    for _ in 0..3 {
+        pair.flow(&listener).await;
+    }
+    assert_eq!(pair.client.plane.stats().dialled, 2, "one more, and it is shared again");
+    client.write_all(b"?").await.unwrap();
+    timeout(PROMPTLY, server.read_exact(&mut [0])).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_pod_that_takes_over_an_address_does_not_get_its_predecessors_connections() {
+    let pair = Pair::with(|config| config.cores = 1).await;
+    let listener = pair.listen().await;
+    pair.flow(&listener).await;
+    pair.flow(&listener).await;
+    assert_eq!(pair.client.plane.stats().dialled, 1);
+    let mut setup = pair.client_setup.clone();
+    let mut successor = (*pair.server_setup.pod).clone();
+    successor.uid = "uid-successor".into();
+    let successor = Arc::new(successor);
+    setup.world = world(8, &[setup.pod.clone(), successor.clone()], &[&successor]);
+    pair.client.publish(&setup);
+    pair.flow(&listener).await;
+    assert_eq!(pair.client.plane.stats().dialled, 2);
+}
+
+#[tokio::test]
 async fn draining_lets_flows_finish_and_cuts_the_rest() {
     let pair = Pair::new().await;
     let listener = pair.listen().await;

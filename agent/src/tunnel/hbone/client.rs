@@ -43,6 +43,8 @@ struct State {
     /// Milliseconds after `created` when the last stream ended.
     idle_since: AtomicU64,
     closed: AtomicBool,
+    /// Takes no new stream: the peer has said goodbye, or it broke.
+    retired: AtomicBool,
 }
 
 /// The right to one stream, held while its flow lives.
@@ -134,6 +136,7 @@ where
         streams: AtomicUsize::new(0),
         idle_since: AtomicU64::new(0),
         closed: AtomicBool::new(false),
+        retired: AtomicBool::new(false),
     });
     let client = Client { send, state: state.clone(), settings };
     Ok((client, Driver { connection, state, settings }))
@@ -164,9 +167,9 @@ impl<T> Drop for Driver<T> {
 }
 
 impl Client {
-    /// Reserves a stream; `None` when the connection is full or gone.
+    /// Reserves a stream; `None` when the connection is full, retired or gone.
     pub fn reserve(&self) -> Option<Permit> {
-        if self.is_closed() {
+        if self.is_retired() {
             return None;
         }
         let limit =
@@ -181,6 +184,17 @@ impl Client {
     /// True once the connection's driver has ended.
     pub fn is_closed(&self) -> bool {
         self.state.closed.load(Ordering::Acquire)
+    }
+
+    /// Gives out no stream any more; those that are open go on. For a connection whose
+    /// peer refuses new ones (its GOAWAY) while old ones keep it alive.
+    pub fn retire(&self) {
+        self.state.retired.store(true, Ordering::Release);
+    }
+
+    /// True when it gives out no stream any more.
+    pub fn is_retired(&self) -> bool {
+        self.is_closed() || self.state.retired.load(Ordering::Acquire)
     }
 
     /// Streams reserved or open.
