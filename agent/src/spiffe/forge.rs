@@ -1,5 +1,10 @@
 //! For tests: certificates, good ones and every kind of bad one.
 
+use aws_lc_rs::{
+    rand::SystemRandom,
+    rsa,
+    signature::{self, EcdsaKeyPair, KeyPair as _, RsaKeyPair},
+};
 use jiff::{SignedDuration, Timestamp};
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
@@ -8,7 +13,10 @@ use rcgen::{
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 use time::OffsetDateTime;
 
-use super::{Bundle, Svid};
+use super::{
+    Bundle, Svid,
+    jwt_bundle::{Algorithm, Curve, JwtKey},
+};
 
 /// An authority that signs whatever it is asked to.
 pub(crate) struct Forger {
@@ -86,6 +94,75 @@ impl Forger {
     /// The bundle of this root.
     pub(crate) fn bundle(&self) -> Bundle {
         Bundle::from_der([self.certificate.clone()]).unwrap()
+    }
+}
+
+/// A key that signs any bytes as a JWT-SVID's.
+pub(crate) enum JwtForger {
+    Ec(Curve, EcdsaKeyPair),
+    Rsa(RsaKeyPair),
+}
+
+impl JwtForger {
+    /// A P-256 key.
+    pub(crate) fn ec() -> Self {
+        Self::on(Curve::P256)
+    }
+
+    fn on(curve: Curve) -> Self {
+        let algorithm = match curve {
+            Curve::P256 => &signature::ECDSA_P256_SHA256_FIXED_SIGNING,
+            Curve::P384 => &signature::ECDSA_P384_SHA384_FIXED_SIGNING,
+            Curve::P521 => &signature::ECDSA_P521_SHA512_FIXED_SIGNING,
+        };
+        Self::Ec(curve, EcdsaKeyPair::generate(algorithm).unwrap())
+    }
+
+    /// One key of each kind.
+    pub(crate) fn one_of_each() -> [Self; 4] {
+        let rsa = RsaKeyPair::generate(rsa::KeySize::Rsa2048).unwrap();
+        [Self::on(Curve::P256), Self::on(Curve::P384), Self::on(Curve::P521), Self::Rsa(rsa)]
+    }
+
+    /// The public key.
+    pub(crate) fn key(&self) -> JwtKey {
+        match self {
+            Self::Ec(curve, pair) => {
+                JwtKey::from_point(*curve, pair.public_key().as_ref()).unwrap()
+            }
+            Self::Rsa(pair) => {
+                let key = pair.public_key();
+                let (n, e) = (key.modulus(), key.exponent());
+                JwtKey::from_modulus(
+                    n.big_endian_without_leading_zero(),
+                    e.big_endian_without_leading_zero(),
+                )
+                .unwrap()
+            }
+        }
+    }
+
+    /// The signature over `message`; `None` when the key cannot make one of this algorithm.
+    pub(crate) fn sign(&self, algorithm: Algorithm, message: &[u8]) -> Option<Vec<u8>> {
+        let random = SystemRandom::new();
+        match self {
+            Self::Ec(curve, pair) => (curve.algorithm() == algorithm)
+                .then(|| pair.sign(&random, message).unwrap().as_ref().to_vec()),
+            Self::Rsa(pair) => {
+                let encoding = match algorithm {
+                    Algorithm::RS256 => &signature::RSA_PKCS1_SHA256,
+                    Algorithm::RS384 => &signature::RSA_PKCS1_SHA384,
+                    Algorithm::RS512 => &signature::RSA_PKCS1_SHA512,
+                    Algorithm::PS256 => &signature::RSA_PSS_SHA256,
+                    Algorithm::PS384 => &signature::RSA_PSS_SHA384,
+                    Algorithm::PS512 => &signature::RSA_PSS_SHA512,
+                    _ => return None,
+                };
+                let mut out = vec![0; pair.public_modulus_len()];
+                pair.sign(encoding, &random, message, &mut out).unwrap();
+                Some(out)
+            }
+        }
     }
 }
 

@@ -5,61 +5,104 @@ use std::{collections::BTreeMap, fmt, sync::Arc};
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
-use crate::spiffe::{Bundle, TrustDomain};
+use crate::spiffe::{Bundle, JwtBundle, TrustDomain};
 
 /// The bundles by trust domain. Readers never block.
 ///
 /// A domain that is not here is not trusted; one with an empty bundle has revoked everything.
+/// X.509 and JWT bundles change apart from each other: a new JWT key must not end tunnels.
 pub struct Trust {
-    bundles: ArcSwap<BTreeMap<TrustDomain, Arc<Bundle>>>,
+    x509: Table<Bundle>,
+    jwt: Table<JwtBundle>,
+}
+
+/// Bundles of one kind, and how often they changed.
+struct Table<B> {
+    bundles: ArcSwap<BTreeMap<TrustDomain, Arc<B>>>,
     generation: watch::Sender<u64>,
 }
 
 impl Trust {
     /// No domain is trusted, generation 0.
     pub fn new() -> Arc<Self> {
-        Arc::new(Self { bundles: ArcSwap::default(), generation: watch::Sender::new(0) })
+        Arc::new(Self { x509: Table::new(), jwt: Table::new() })
     }
 
-    /// The bundle of a trust domain; `None` when it is not trusted.
+    /// The X.509 bundle of a trust domain; `None` when it is not trusted.
     pub fn bundle(&self, domain: &TrustDomain) -> Option<Arc<Bundle>> {
-        self.bundles.load().get(domain).cloned()
+        self.x509.bundles.load().get(domain).cloned()
     }
 
-    /// The trusted domains.
+    /// The JWT bundle of a trust domain; `None` when its tokens are not trusted.
+    pub fn jwt_bundle(&self, domain: &TrustDomain) -> Option<Arc<JwtBundle>> {
+        self.jwt.bundles.load().get(domain).cloned()
+    }
+
+    /// The domains whose X509-SVIDs are trusted.
     pub fn domains(&self) -> Vec<TrustDomain> {
-        self.bundles.load().keys().cloned().collect()
+        self.x509.bundles.load().keys().cloned().collect()
     }
 
-    /// Grows with every change of any bundle. A session that was verified under an earlier
-    /// generation takes no new flow.
+    /// All X.509 bundles at one moment.
+    pub fn bundles(&self) -> Arc<BTreeMap<TrustDomain, Arc<Bundle>>> {
+        self.x509.bundles.load_full()
+    }
+
+    /// All JWT bundles at one moment.
+    pub fn jwt_bundles(&self) -> Arc<BTreeMap<TrustDomain, Arc<JwtBundle>>> {
+        self.jwt.bundles.load_full()
+    }
+
+    /// Grows with every change of any X.509 bundle. A session that was verified under an
+    /// earlier generation takes no new flow.
     pub fn generation(&self) -> u64 {
-        *self.generation.borrow()
+        *self.x509.generation.borrow()
     }
 
     /// The generation, followed.
     pub fn subscribe(&self) -> watch::Receiver<u64> {
-        self.generation.subscribe()
+        self.x509.generation.subscribe()
     }
 
-    /// Sets the bundle of a domain; true when that changed something.
+    /// Grows with every change of any JWT bundle, followed.
+    pub fn subscribe_jwt(&self) -> watch::Receiver<u64> {
+        self.jwt.generation.subscribe()
+    }
+
+    /// Sets the X.509 bundle of a domain; true when that changed something.
     pub fn set(&self, domain: TrustDomain, bundle: Bundle) -> bool {
+        self.x509.set(domain, Arc::new(bundle))
+    }
+
+    /// Sets the JWT bundle of a domain; true when that changed something.
+    pub fn set_jwt(&self, domain: TrustDomain, bundle: Arc<JwtBundle>) -> bool {
+        self.jwt.set(domain, bundle)
+    }
+
+    /// Trusts a domain no longer, in neither kind; true when it was trusted.
+    pub fn remove(&self, domain: &TrustDomain) -> bool {
+        let jwt = self.jwt.change(|bundles| bundles.remove(domain).is_some());
+        self.x509.change(|bundles| bundles.remove(domain).is_some()) || jwt
+    }
+}
+
+impl<B: PartialEq> Table<B> {
+    fn new() -> Self {
+        Self { bundles: ArcSwap::default(), generation: watch::Sender::new(0) }
+    }
+
+    fn set(&self, domain: TrustDomain, bundle: Arc<B>) -> bool {
         self.change(|bundles| {
-            if bundles.get(&domain).is_some_and(|old| **old == bundle) {
+            if bundles.get(&domain).is_some_and(|old| *old == bundle) {
                 return false;
             }
-            bundles.insert(domain, Arc::new(bundle));
+            bundles.insert(domain, bundle);
             true
         })
     }
 
-    /// Trusts a domain no longer; true when it was trusted.
-    pub fn remove(&self, domain: &TrustDomain) -> bool {
-        self.change(|bundles| bundles.remove(domain).is_some())
-    }
-
     /// Changes the table; the generation grows when `change` says that it did something.
-    fn change(&self, change: impl FnOnce(&mut BTreeMap<TrustDomain, Arc<Bundle>>) -> bool) -> bool {
+    fn change(&self, change: impl FnOnce(&mut BTreeMap<TrustDomain, Arc<B>>) -> bool) -> bool {
         // The sender's lock makes writers take turns, and readers of the new generation see
         // the new table: it is stored first.
         self.generation.send_if_modified(|generation| {
@@ -86,7 +129,7 @@ impl fmt::Debug for Trust {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spiffe::forge::Forger;
+    use crate::spiffe::forge::{Forger, JwtForger};
 
     #[test]
     fn generations_grow_with_changes_only() {
@@ -106,5 +149,28 @@ mod tests {
         assert!(!trust.remove(&b));
         assert!(trust.remove(&a));
         assert_eq!((trust.generation(), trust.domains()), (3, vec![]));
+    }
+
+    #[test]
+    fn jwt_keys_change_apart_and_go_with_their_domain() {
+        let trust = Trust::new();
+        let (a, b) = (TrustDomain::parse("a").unwrap(), TrustDomain::parse("b").unwrap());
+        trust.set(a.clone(), Forger::root("a").bundle());
+        let mut seen = trust.subscribe_jwt();
+        let mut keys = JwtBundle::new();
+        keys.insert("k", JwtForger::ec().key()).unwrap();
+        let keys = Arc::new(keys);
+        assert!(trust.set_jwt(a.clone(), Arc::clone(&keys)));
+        assert!(seen.has_changed().unwrap());
+        seen.mark_unchanged();
+        assert_eq!(trust.generation(), 1, "no tunnel ends");
+        assert_eq!((trust.jwt_bundle(&a), trust.jwt_bundle(&b)), (Some(Arc::clone(&keys)), None));
+        assert!(!trust.set_jwt(a.clone(), Arc::new(JwtBundle::clone(&keys))), "the same again");
+        assert!(trust.set_jwt(b.clone(), keys));
+        assert_eq!(trust.jwt_bundles().len(), 2);
+        assert_eq!((trust.bundles().len(), trust.domains()), (1, vec![a.clone()]));
+        assert!(trust.remove(&a) && trust.jwt_bundle(&a).is_none());
+        assert!(trust.remove(&b) && !trust.remove(&b));
+        assert!(seen.has_changed().unwrap());
     }
 }

@@ -11,9 +11,11 @@ use crate::{
 };
 
 pub mod embedded;
+mod jwt;
 mod root_file;
 
 pub use embedded::EmbeddedIssuer;
+pub use jwt::{JwtFuture, JwtIssuer, JwtRequest};
 pub use root_file::RootFileError;
 
 /// An authority that certifies this node's keys. The private key stays here.
