@@ -1,8 +1,12 @@
-//! Holds an SVID for every identity that is wanted, and renews it in time.
+//! Holds an SVID for every key that is wanted, and renews it in time.
+//!
+//! The tunnel's SVIDs have their identity for a key; the Workload API, which gives each pod a
+//! key pair of its own, has the pod.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
+    hash::Hash,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -52,9 +56,16 @@ impl Default for SvidParams {
     }
 }
 
-/// An identity's state, for `status`.
+/// What an SVID is held for: equal keys share one SVID and its private key.
+pub trait SvidKey: Ord + Hash + Clone + fmt::Debug + Send + Sync + 'static {}
+
+impl<K: Ord + Hash + Clone + fmt::Debug + Send + Sync + 'static> SvidKey for K {}
+
+/// The state of what is wanted, for `status`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SvidStatus {
+pub struct SvidStatus<K = SpiffeId> {
+    /// What it is held for.
+    pub key: K,
     /// The identity.
     pub id: SpiffeId,
     /// From and until when the SVID held is valid; `None`: none yet.
@@ -72,24 +83,24 @@ pub struct SvidManager;
 
 /// Access to the manager; cheap to clone. When the last handle goes, the manager ends.
 #[derive(Clone)]
-pub struct SvidHandle {
-    wanted: watch::Sender<BTreeSet<SpiffeId>>,
-    shared: Arc<Shared>,
+pub struct SvidHandle<K: SvidKey = SpiffeId> {
+    wanted: watch::Sender<BTreeMap<K, SpiffeId>>,
+    shared: Arc<Shared<K>>,
 }
 
 /// What the manager publishes.
-struct Shared {
-    svids: ArcSwap<HashMap<SpiffeId, Arc<Svid>>>,
+struct Shared<K> {
+    svids: ArcSwap<HashMap<K, Arc<Svid>>>,
     /// Grows whenever `svids` changes.
     generation: watch::Sender<u64>,
-    statuses: Mutex<Vec<SvidStatus>>,
+    statuses: Mutex<Vec<SvidStatus<K>>>,
 }
 
 impl SvidManager {
     /// Starts the manager on the current tokio runtime. Nothing is requested until
-    /// [`SvidHandle::want`] names identities.
-    pub fn start(issuer: Arc<dyn Issuer>, params: SvidParams) -> SvidHandle {
-        let (wanted, receiver) = watch::channel(BTreeSet::new());
+    /// [`SvidHandle::want`] or [`SvidHandle::want_each`] names identities.
+    pub fn start<K: SvidKey>(issuer: Arc<dyn Issuer>, params: SvidParams) -> SvidHandle<K> {
+        let (wanted, receiver) = watch::channel(BTreeMap::new());
         let shared = Arc::new(Shared {
             svids: ArcSwap::default(),
             generation: watch::Sender::new(0),
@@ -101,7 +112,7 @@ impl SvidManager {
             shared: Arc::clone(&shared),
             entries: BTreeMap::new(),
             requests: JoinSet::new(),
-            next_key: 0,
+            next_number: 0,
         };
         tokio::spawn(keeper.run(receiver));
         SvidHandle { wanted, shared }
@@ -109,20 +120,27 @@ impl SvidManager {
 }
 
 impl SvidHandle {
-    /// Says which identities this node needs. Those that are not named any more are forgotten
-    /// with their keys, new ones are requested at once.
+    /// Says which identities this node needs, one SVID for each: [`SvidHandle::want_each`].
     pub fn want(&self, ids: BTreeSet<SpiffeId>) {
+        self.want_each(ids.into_iter().map(|id| (id.clone(), id)).collect());
+    }
+}
+
+impl<K: SvidKey> SvidHandle<K> {
+    /// Says for what SVIDs are needed, and which. What is not named any more, or has another
+    /// identity, is forgotten with its private key; what is new is requested at once.
+    pub fn want_each(&self, each: BTreeMap<K, SpiffeId>) {
         self.wanted.send_if_modified(|wanted| {
-            let changed = *wanted != ids;
-            *wanted = ids;
+            let changed = *wanted != each;
+            *wanted = each;
             changed
         });
     }
 
-    /// The identity's SVID, if there is one. It may have run out when the authority has been
+    /// The SVID held for `key`, if there is one. It may have run out when the authority has been
     /// away for long: the tunnel refuses to use it then, with `svid_expired`.
-    pub fn get(&self, id: &SpiffeId) -> Option<Arc<Svid>> {
-        self.shared.svids.load().get(id).cloned()
+    pub fn get(&self, key: &K) -> Option<Arc<Svid>> {
+        self.shared.svids.load().get(key).cloned()
     }
 
     /// Grows with every SVID obtained, renewed or forgotten.
@@ -130,8 +148,8 @@ impl SvidHandle {
         self.shared.generation.subscribe()
     }
 
-    /// The state of every wanted identity, in order.
-    pub fn status(&self) -> Vec<SvidStatus> {
+    /// The state of everything that is wanted, in the keys' order.
+    pub fn status(&self) -> Vec<SvidStatus<K>> {
         self.shared.statuses.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -142,26 +160,27 @@ impl SvidHandle {
     }
 }
 
-impl fmt::Debug for SvidHandle {
+impl<K: SvidKey> fmt::Debug for SvidHandle<K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SvidHandle").field("wanted", &*self.wanted.borrow()).finish_non_exhaustive()
     }
 }
 
 /// The manager's task.
-struct Keeper {
+struct Keeper<K> {
     issuer: Arc<dyn Issuer>,
     params: SvidParams,
-    shared: Arc<Shared>,
-    entries: BTreeMap<SpiffeId, Entry>,
-    requests: JoinSet<Outcome>,
-    next_key: u64,
+    shared: Arc<Shared<K>>,
+    entries: BTreeMap<K, Entry>,
+    requests: JoinSet<Outcome<K>>,
+    next_number: u64,
 }
 
-/// A wanted identity.
+/// Something wanted.
 struct Entry {
-    /// Tells this entry from an earlier one of the same identity.
-    key: u64,
+    /// Tells this entry from an earlier one of the same key.
+    number: u64,
+    id: SpiffeId,
     svid: Option<Arc<Svid>>,
     next_request: Timestamp,
     in_flight: bool,
@@ -170,17 +189,17 @@ struct Entry {
 }
 
 /// How a request ended.
-struct Outcome {
-    id: SpiffeId,
-    key: u64,
+struct Outcome<K> {
+    key: K,
+    number: u64,
     result: Result<Svid, IssueError>,
 }
 
-impl Keeper {
-    async fn run(mut self, mut wanted: watch::Receiver<BTreeSet<SpiffeId>>) {
+impl<K: SvidKey> Keeper<K> {
+    async fn run(mut self, mut wanted: watch::Receiver<BTreeMap<K, SpiffeId>>) {
         loop {
-            let ids = wanted.borrow_and_update().clone();
-            self.adopt(&ids);
+            let each = wanted.borrow_and_update().clone();
+            self.adopt(&each);
             self.request_due();
             self.publish();
             let sleep = self.until_next();
@@ -201,22 +220,23 @@ impl Keeper {
         }
     }
 
-    /// Makes the entries those of `ids`.
-    fn adopt(&mut self, ids: &BTreeSet<SpiffeId>) {
+    /// Makes the entries those of `each`.
+    fn adopt(&mut self, each: &BTreeMap<K, SpiffeId>) {
         let now = (self.params.clock)();
-        self.entries.retain(|id, _| ids.contains(id));
-        for id in ids {
-            if !self.entries.contains_key(id) {
-                self.next_key += 1;
+        self.entries.retain(|key, entry| each.get(key) == Some(&entry.id));
+        for (key, id) in each {
+            if !self.entries.contains_key(key) {
+                self.next_number += 1;
                 let entry = Entry {
-                    key: self.next_key,
+                    number: self.next_number,
+                    id: id.clone(),
                     svid: None,
                     next_request: now,
                     in_flight: false,
                     failures: 0,
                     last_error: None,
                 };
-                self.entries.insert(id.clone(), entry);
+                self.entries.insert(key.clone(), entry);
             }
         }
     }
@@ -231,23 +251,24 @@ impl Keeper {
             .collect();
         due.sort_by_key(|(_, entry)| entry.svid.as_ref().map(|svid| svid.not_after));
         let room = self.params.concurrency.max(1).saturating_sub(self.requests.len());
-        for (id, entry) in due.into_iter().take(room) {
+        for (key, entry) in due.into_iter().take(room) {
             entry.in_flight = true;
             let (issuer, params) = (Arc::clone(&self.issuer), self.params.clone());
-            let (id, key) = (id.clone(), entry.key);
+            let (key, number, id) = (key.clone(), entry.number, entry.id.clone());
             self.requests.spawn(async move {
-                let result = obtain(&*issuer, &params, id.clone()).await;
-                Outcome { id, key, result }
+                let result = obtain(&*issuer, &params, id).await;
+                Outcome { key, number, result }
             });
         }
     }
 
     /// Takes a request's outcome.
-    fn settle(&mut self, Outcome { id, key, result }: Outcome) {
-        // Not wanted any more, or wanted anew in between: the key goes with the answer.
-        let Some(entry) = self.entries.get_mut(&id).filter(|entry| entry.key == key) else {
+    fn settle(&mut self, Outcome { key, number, result }: Outcome<K>) {
+        // Not wanted any more, or wanted anew in between: the key pair goes with the answer.
+        let Some(entry) = self.entries.get_mut(&key).filter(|entry| entry.number == number) else {
             return;
         };
+        let id = &entry.id;
         let now = (self.params.clock)();
         entry.in_flight = false;
         match result {
@@ -279,10 +300,10 @@ impl Keeper {
         let now = (self.params.clock)();
         let error = IssueError::Internal(error.to_string()).to_string();
         tracing::error!(%error, "a request for an SVID panicked");
-        // Which one is not known: the others that are in flight answer to a key that is gone.
+        // Which one is not known: the others that are in flight answer to a number that is gone.
         for entry in self.entries.values_mut().filter(|entry| entry.in_flight) {
-            self.next_key += 1;
-            entry.key = self.next_key;
+            self.next_number += 1;
+            entry.number = self.next_number;
             entry.in_flight = false;
             entry.failures = entry.failures.saturating_add(1);
             entry.next_request = now.saturating_add(self.params.longest_retry).unwrap_or(now);
@@ -308,8 +329,9 @@ impl Keeper {
 
     /// Publishes SVIDs (when they changed) and statuses.
     fn publish(&self) {
-        let statuses = self.entries.iter().map(|(id, entry)| SvidStatus {
-            id: id.clone(),
+        let statuses = self.entries.iter().map(|(key, entry)| SvidStatus {
+            key: key.clone(),
+            id: entry.id.clone(),
             validity: entry.svid.as_ref().map(|svid| (svid.not_before, svid.not_after)),
             next_request: entry.next_request,
             failures: entry.failures,
@@ -318,12 +340,12 @@ impl Keeper {
         let statuses = statuses.collect();
         *self.shared.statuses.lock().unwrap_or_else(PoisonError::into_inner) = statuses;
 
-        let held = self.entries.iter().filter_map(|(id, entry)| Some((id, entry.svid.as_ref()?)));
+        let held = self.entries.iter().filter_map(|(key, entry)| Some((key, entry.svid.as_ref()?)));
         let old = self.shared.svids.load();
         let same = old.len() == held.clone().count()
-            && held.clone().all(|(id, svid)| old.get(id).is_some_and(|o| Arc::ptr_eq(o, svid)));
+            && held.clone().all(|(key, svid)| old.get(key).is_some_and(|o| Arc::ptr_eq(o, svid)));
         if !same {
-            let new = held.map(|(id, svid)| (id.clone(), Arc::clone(svid))).collect();
+            let new = held.map(|(key, svid)| (key.clone(), Arc::clone(svid))).collect();
             self.shared.svids.store(Arc::new(new));
             self.shared.generation.send_modify(|generation| *generation += 1);
         }
@@ -476,6 +498,34 @@ mod tests {
         assert_eq!(issuer.requests(), 3, "b is kept");
         handle.want(BTreeSet::new());
         until(&handle, "nothing", |h| h.status().is_empty() && h.get(&id("b")).is_none()).await;
+    }
+
+    #[tokio::test]
+    async fn each_key_has_a_key_pair_of_its_own_and_loses_it_with_its_identity() {
+        let handle = SvidManager::start(Arc::new(TestIssuer::new()), quick());
+        let want = |each: [(&'static str, &str); 2]| {
+            handle.want_each(each.into_iter().map(|(pod, account)| (pod, id(account))).collect());
+        };
+        let until_held = async |pod: &'static str, account: &str| {
+            let deadline = time::Instant::now() + Duration::from_secs(60);
+            loop {
+                if let Some(svid) = handle.get(&pod).filter(|svid| svid.id == id(account)) {
+                    return svid;
+                }
+                assert!(time::Instant::now() < deadline, "{pod}: {:?}", handle.status());
+                time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        want([("pod-1", "a"), ("pod-2", "a")]);
+        let (one, two) = (until_held("pod-1", "a").await, until_held("pod-2", "a").await);
+        assert_eq!(one.id, two.id);
+        assert_ne!(one.private_key(), two.private_key());
+        let keys: Vec<_> = handle.status().iter().map(|s| (s.key, s.id.clone())).collect();
+        assert_eq!(keys, [("pod-1", id("a")), ("pod-2", id("a"))]);
+
+        want([("pod-1", "b"), ("pod-2", "a")]);
+        assert_ne!(until_held("pod-1", "b").await.private_key(), one.private_key());
+        assert!(Arc::ptr_eq(&until_held("pod-2", "a").await, &two), "not touched");
     }
 
     #[tokio::test]

@@ -5,4 +5,4 @@ pub mod manager;
 mod schedule;
 
 pub use crate::spiffe::Svid;
-pub use manager::{Clock, SvidHandle, SvidManager, SvidParams, SvidStatus};
+pub use manager::{Clock, SvidHandle, SvidKey, SvidManager, SvidParams, SvidStatus};
