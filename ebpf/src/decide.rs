@@ -144,27 +144,28 @@ const NO_POLICY: PolicyValue = PolicyValue { number: 0, reason: 0, audit: 0, pad
 
 /// The pod's policy over an address-known (or, for observe, as-if authenticated) peer.
 ///
-/// `port` is the destination's. An entry of the identity itself goes before the one of
+/// `owner` is the namespace that the pod is registered under, `port` the destination's. An entry of the identity itself goes before the one of
 /// every other identity; each entry holds the complete outcome, so there is no merging.
 #[inline(always)]
 fn judge<M: PolicyMaps>(
     maps: &M,
+    owner: u64,
     flow: &Flow,
     direction: Direction,
     how: u8,
     identity: u32,
     port: u16,
 ) -> (Reason, PolicyValue) {
-    let class = match maps.policy(flow.netns, 160, &PolicyKey::class(direction, flow.remote)) {
+    let class = match maps.policy(owner, 160, &PolicyKey::class(direction, flow.remote)) {
         Some(value) => value.number,
         None => 0,
     };
     let exact = PolicyKey::rule(direction, how, flow.protocol, class, identity, port);
-    let found = match maps.policy(flow.netns, 112, &exact) {
+    let found = match maps.policy(owner, 112, &exact) {
         Some(value) => Some(value),
         None => {
             let any = PolicyKey::rule(direction, how, flow.protocol, class, IDENTITY_ANY, port);
-            maps.policy(flow.netns, 112, &any)
+            maps.policy(owner, 112, &any)
         }
     };
     match found {
@@ -220,6 +221,21 @@ fn peer_at<M: PolicyMaps>(maps: &M, ip: Ip) -> AddressEntry {
     match maps.address(ip) {
         Some(entry) => *entry,
         None => AddressEntry { identity: IDENTITY_WORLD, kind: UNKNOWN_ADDRESS, flags: 0, pad: 0 },
+    }
+}
+
+/// Not a flag of a Service's port that any map holds: the Service has no such port.
+const NO_SUCH_PORT: u32 = 1 << 31;
+
+/// Flags of the dialled Service's port, 0 for what is no Service.
+#[inline(always)]
+fn service_at<M: PolicyMaps>(maps: &M, flow: &Flow, peer: &AddressEntry) -> u32 {
+    if peer.kind != address::SERVICE {
+        return 0;
+    }
+    match maps.service(flow.remote, flow.remote_port, flow.protocol) {
+        Some(flags) => flags & !NO_SUCH_PORT,
+        None => NO_SUCH_PORT,
     }
 }
 
@@ -288,15 +304,20 @@ pub fn decide_egress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
     let observing = matches!(mode, Mode::Observe);
     let enrollable = peer.flags & address::ENROLLABLE != 0;
     let how = if observing && enrollable { known::AUTHENTICATED } else { known::ADDRESS };
-    let (reason, policy) = judge(maps, flow, Direction::Egress, how, identity, flow.remote_port);
+    let owner = if nested { flow.task_netns } else { flow.netns };
+    let (reason, policy) =
+        judge(maps, owner, flow, Direction::Egress, how, identity, flow.remote_port);
     if flow.protocol != proto::TCP {
         return conclude(entry, config, identity, reason, EPERM, policy);
     }
+    let service = service_at(maps, flow, &peer);
     // A DENY that an address satisfies is answered here; an ALLOW that misses may still
-    // be satisfied by the handshake, so the tunnel's proxy answers that.
+    // be satisfied by the handshake, so the tunnel's proxy answers that. Of a Service whose
+    // endpoints are tunnelled nothing is known yet, neither the identity nor the port: the
+    // proxy judges the endpoint that it chose.
     let denied = reason as u16 == Reason::PolicyDeny as u16
         || reason as u16 == Reason::PolicyUnsupported as u16;
-    if denied {
+    if denied && (service & service::TUNNEL == 0 || nested) {
         return conclude(entry, config, identity, reason, EPERM, policy);
     }
     let mut tunnel = false;
@@ -310,13 +331,11 @@ pub fn decide_egress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
             }
         }
     } else if peer.kind == address::SERVICE {
-        match maps.service(flow.remote, flow.remote_port, flow.protocol) {
-            Some(flags) if flags & service::NO_ENDPOINTS != 0 => {
-                refusal = Reason::PeerUnreachable;
-            }
-            Some(flags) => tunnel = flags & service::TUNNEL != 0,
-            None if strict => refusal = Reason::PeerUnreachable,
-            None => {}
+        let nobody = service & service::NO_ENDPOINTS != 0;
+        if nobody || (service & NO_SUCH_PORT != 0 && strict) {
+            refusal = Reason::PeerUnreachable;
+        } else {
+            tunnel = service & service::TUNNEL != 0;
         }
     } else if peer.kind == UNKNOWN_ADDRESS && (strict || observing) {
         let within = match maps.range(flow.remote) {
@@ -419,6 +438,7 @@ pub fn decide_ingress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
         return other_protocol(entry, config, identity, 0);
     }
     let how = if observing && enrollable && tcp { known::AUTHENTICATED } else { known::ADDRESS };
-    let (reason, policy) = judge(maps, flow, Direction::Ingress, how, identity, flow.local_port);
+    let (reason, policy) =
+        judge(maps, flow.netns, flow, Direction::Ingress, how, identity, flow.local_port);
     conclude(entry, config, identity, reason, 0, policy)
 }

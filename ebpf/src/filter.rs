@@ -5,7 +5,7 @@
 //! it can be: at connect and in sk_lookup. A packet without a socket meets no hook.
 
 use crate::{
-    maps::{Kernel, UDP_FLOWS, count, has, now, report},
+    maps::{CUT, Kernel, UDP_FLOWS, count, has, now, report},
     task,
 };
 use aya_ebpf::{
@@ -124,8 +124,10 @@ fn filter(ctx: &SkBuffContext, ingress: bool) -> i32 {
     // What cannot be parsed cannot be a flow that the stack would accept.
     let Some(packet) = parse(ctx) else { return DROP };
     let tcp = packet.protocol == proto::TCP;
-    // TCP is decided on its first packet only.
-    if tcp && packet.flags & (TCP_SYN | TCP_ACK) != TCP_SYN {
+    let later = tcp && packet.flags & (TCP_SYN | TCP_ACK) != TCP_SYN;
+    // TCP is decided on its first packet only; what comes later goes on, unless the flow
+    // lost its right and its sockets could not be destroyed.
+    if later && has(feature::SOCK_DESTROY) {
         return PASS;
     }
     if packet.protocol == LATER_FRAGMENT {
@@ -167,6 +169,15 @@ fn filter(ctx: &SkBuffContext, ingress: bool) -> i32 {
     if packet.protocol == proto::UDP {
         return udp(ctx, &flow, ingress);
     }
+    if tcp && !has(feature::SOCK_DESTROY) {
+        let key = key_of(&flow);
+        if later {
+            // SAFETY: only whether there is an entry matters.
+            return if unsafe { CUT.get(&key) }.is_some() { DROP } else { PASS };
+        }
+        // A new connection of the same ports is judged for itself.
+        let _ = CUT.remove(&key);
+    }
     let decision = judge(&flow, ingress);
     match decision.action {
         Action::Pass => {
@@ -197,18 +208,23 @@ fn send(ctx: &SkBuffContext, flow: &Flow, decision: &Decision, ingress: bool) {
     report(flow, decision, ingress, hook, unsafe { bpf_skb_cgroup_id(ctx.skb.skb) });
 }
 
-/// UDP: the first packet is judged; replies and later packets follow its verdict until the
-/// policy's revision changes or the flow falls quiet.
 #[inline(always)]
-fn udp(ctx: &SkBuffContext, flow: &Flow, ingress: bool) -> i32 {
-    let key = FlowKey {
+fn key_of(flow: &Flow) -> FlowKey {
+    FlowKey {
         netns: flow.netns,
         local: flow.local,
         remote: flow.remote,
         local_port: flow.local_port,
         remote_port: flow.remote_port,
         family: 0,
-    };
+    }
+}
+
+/// UDP: the first packet is judged; replies and later packets follow its verdict until the
+/// policy's revision changes or the flow falls quiet.
+#[inline(always)]
+fn udp(ctx: &SkBuffContext, flow: &Flow, ingress: bool) -> i32 {
+    let key = key_of(flow);
     let mut known = false;
     if let Some(tracked) = UDP_FLOWS.get_ptr_mut(&key) {
         // SAFETY: a live map value.

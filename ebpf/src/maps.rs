@@ -53,6 +53,9 @@ pub static ORIGINALS: HashMap<FlowKey, Handover> =
     HashMap::pinned(MAX_HANDOVERS, BPF_F_NO_PREALLOC);
 #[map]
 pub static CLIENTS: HashMap<FlowKey, Handover> = HashMap::pinned(MAX_HANDOVERS, BPF_F_NO_PREALLOC);
+/// TCP flows that lost their right on a kernel that cannot destroy sockets.
+#[map]
+pub static CUT: HashMap<FlowKey, u64> = HashMap::pinned(16_384, BPF_F_NO_PREALLOC);
 #[map]
 pub static UDP_FLOWS: HashMap<FlowKey, UdpFlow> = HashMap::pinned(131_072, BPF_F_NO_PREALLOC);
 #[map]

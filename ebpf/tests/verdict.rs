@@ -218,6 +218,17 @@ fn services_follow_their_endpoints() {
     assert_eq!(dial(&maps, vip).action, Action::Tunnel);
     maps.services.insert((vip, 8080, proto::TCP), 0);
     passes(dial(&maps, vip));
+
+    // A denial of whatever the address is not waits until an endpoint is chosen, but only
+    // where a proxy will choose it.
+    rule(&mut maps, Direction::Egress, known::ADDRESS, proto::TCP, Reason::PolicyDeny);
+    refused(dial(&maps, vip), Reason::PolicyDeny, EPERM);
+    maps.services.insert((vip, 8080, proto::TCP), service::TUNNEL);
+    assert_eq!(dial(&maps, vip).action, Action::Tunnel);
+    let elsewhere = 0xbeef;
+    let nested = Flow { netns: elsewhere, ..flow(vip, 8080, proto::TCP) };
+    maps.pods.get_mut(&POD).unwrap().mode = Mode::Permissive as u8;
+    refused(decide_egress(&maps, &nested), Reason::PolicyDeny, EPERM);
 }
 
 #[test]

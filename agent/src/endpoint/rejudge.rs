@@ -15,6 +15,7 @@ use super::tables::Tables;
 use crate::kernel::{
     KernelError, clock,
     destroy::{self, States, TcpSocket},
+    maps::Table,
 };
 
 /// Which flows to close.
@@ -54,31 +55,79 @@ impl<'a> Verdicts<'a> {
     }
 }
 
+/// How flows are closed.
+pub enum Means<'a> {
+    /// Their sockets are destroyed: both sides are told at once.
+    Destroy,
+    /// The kernel cannot destroy sockets: cgroup_skb drops whatever they still send or
+    /// receive, and both sides find out by their own time-outs.
+    Cut(&'a mut Table<FlowKey, u64>),
+}
+
 /// Closes what `close` says among the connected sockets of the namespace `netns`, over a
-/// sock_diag socket made there. Sockets of the cgroup `agent` are the agent's own.
+/// sock_diag socket made there. Sockets of the cgroup `agent` are the agent's own. Flows
+/// that were cut before are not closed again.
 ///
 /// # Errors
-/// Where sockets cannot be listed or destroyed.
+/// Where sockets cannot be listed, destroyed or cut.
 pub fn close(
     diag: BorrowedFd<'_>,
     netns: u64,
     agent: u64,
     verdicts: &Verdicts<'_>,
     close: Close,
+    means: &mut Means<'_>,
 ) -> Result<Vec<Closed>, KernelError> {
     let listening: HashSet<u16> =
         destroy::list(diag, States::Listening)?.iter().map(|socket| socket.local.port()).collect();
     let mut closed = Vec::new();
-    destroy::destroy_connected(diag, |socket| {
-        if socket.is_loopback() || is_agents(socket, agent) {
-            return false;
+    for socket in destroy::list(diag, States::Connected)? {
+        if socket.is_loopback() || is_agents(&socket, agent) {
+            continue;
         }
         let ingress = listening.contains(&socket.local.port());
-        let Some(reason) = verdicts.loses(netns, socket, ingress, close) else { return false };
-        closed.push(Closed { local: socket.local, remote: socket.remote, ingress, reason });
-        true
-    })?;
+        let Some(reason) = verdicts.loses(netns, &socket, ingress, close) else { continue };
+        let done = match means {
+            Means::Destroy => destroy::destroy(diag, &socket)?,
+            Means::Cut(table) => table.add(cut_key(netns, &socket), clock::monotonic())?,
+        };
+        if done {
+            closed.push(Closed { local: socket.local, remote: socket.remote, ingress, reason });
+        }
+    }
     Ok(closed)
+}
+
+/// Forgets the cut flows of `netns` whose sockets are gone: among `rows`, the table's keys.
+///
+/// # Errors
+/// Where sockets cannot be listed or a row not be removed.
+pub fn forget_cut(
+    diag: BorrowedFd<'_>,
+    netns: u64,
+    rows: &[FlowKey],
+    table: &mut Table<FlowKey, u64>,
+) -> Result<(), KernelError> {
+    let open: HashSet<FlowKey> = destroy::list(diag, States::Connected)?
+        .iter()
+        .map(|socket| cut_key(netns, socket))
+        .collect();
+    for key in rows.iter().filter(|key| key.netns == netns && !open.contains(key)) {
+        table.remove(key)?;
+    }
+    Ok(())
+}
+
+/// The flow as cgroup_skb sees it.
+fn cut_key(netns: u64, socket: &TcpSocket) -> FlowKey {
+    FlowKey {
+        netns,
+        local: Ip::from_std(socket.local.ip()),
+        remote: Ip::from_std(socket.remote.ip()),
+        local_port: socket.local.port(),
+        remote_port: socket.remote.port(),
+        family: 0,
+    }
 }
 
 /// True for the agent's tunnels in the pod's namespace: by their cgroup, or by their port
@@ -297,5 +346,35 @@ mod tests {
             verdicts.loses(7, &socket("10.0.0.254:50001"), true, now),
             Some(Reason::PlaintextRefused)
         );
+    }
+
+    #[test]
+    fn what_is_cut_stays_so_while_its_socket_lives() {
+        use std::{
+            net::{TcpListener, TcpStream},
+            os::fd::AsFd,
+        };
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let stream = TcpStream::connect(address).unwrap();
+        let diag = destroy::own_diag_socket().unwrap();
+        let connected = destroy::list(diag.as_fd(), States::Connected).unwrap();
+        let client = stream.local_addr().unwrap();
+        let open = connected.iter().find(|s| s.local == client && s.remote == address).unwrap();
+        let live = cut_key(7, open);
+        let dead = FlowKey { local_port: 1, ..live };
+        let foreign = FlowKey { netns: 8, ..dead };
+        let mut table = Table::scratch(2);
+        assert!(table.add(live, 1).unwrap());
+        assert!(table.add(dead, 1).unwrap());
+        assert!(!table.add(live, 2).unwrap(), "it is there");
+        assert!(table.add(foreign, 1).is_err(), "full");
+        forget_cut(diag.as_fd(), 8, &[live, dead], &mut table).unwrap();
+        assert_eq!(table.rows().unwrap().len(), 2, "another namespace's");
+        forget_cut(diag.as_fd(), 7, &[live, dead], &mut table).unwrap();
+        assert_eq!(table.rows().unwrap(), [(live, 1)]);
     }
 }

@@ -107,23 +107,6 @@ pub fn destroy(socket: BorrowedFd<'_>, target: &TcpSocket) -> Result<bool, Kerne
     }
 }
 
-/// Destroys the connected sockets for which `which` says so; answers those that it did.
-///
-/// # Errors
-/// As [`list`] and [`destroy`].
-pub fn destroy_connected(
-    socket: BorrowedFd<'_>,
-    mut which: impl FnMut(&TcpSocket) -> bool,
-) -> Result<Vec<TcpSocket>, KernelError> {
-    let mut destroyed = Vec::new();
-    for found in list(socket, States::Connected)? {
-        if which(&found) && destroy(socket, &found)? {
-            destroyed.push(found);
-        }
-    }
-    Ok(destroyed)
-}
-
 impl TcpSocket {
     /// A socket that was not listed, for tests of what is decided about sockets.
     #[cfg(test)]
@@ -238,10 +221,13 @@ mod tests {
         let listening = list(diag.as_fd(), States::Listening).unwrap();
         assert!(listening.iter().any(|s| s.local == address));
         let local = doomed.local_addr().unwrap();
-        let destroyed =
-            destroy_connected(diag.as_fd(), |s| s.local == local && s.remote == address).unwrap();
-        assert_eq!(destroyed.len(), 1, "{destroyed:?}");
-        assert!(destroyed[0].is_loopback());
+        let connected = list(diag.as_fd(), States::Connected).unwrap();
+        let found: Vec<_> =
+            connected.iter().filter(|s| s.local == local && s.remote == address).collect();
+        assert_eq!(found.len(), 1, "{connected:?}");
+        assert!(found[0].is_loopback());
+        assert!(destroy(diag.as_fd(), found[0]).unwrap());
+        assert!(!destroy(diag.as_fd(), found[0]).unwrap(), "it has gone already");
 
         let error = doomed.read(&mut [0; 1]).expect_err("its owner is told");
         assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted);

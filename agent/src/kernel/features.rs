@@ -77,7 +77,7 @@ const FACTS: [Facts; 5] = [
         name: "sock_destroy",
         since: "4.5",
         source: "Linux commit 64be0aed59ad (\"net: diag: Add the ability to destroy a socket.\"), where CONFIG_INET_DIAG_DESTROY is set",
-        bit: 0,
+        bit: feature::SOCK_DESTROY,
     },
 ];
 

@@ -24,6 +24,9 @@ pub type PolicyMap = LpmTrie<MapData, PolicyKey, PolicyValue>;
 /// outer map's template.
 const NO_PREALLOC: u32 = 1;
 
+/// `BPF_NOEXIST`.
+const NO_EXIST: u64 = 1;
+
 /// Most entries that one pod's policy may have: what the programs' template says.
 pub const MAX_POLICY_ENTRIES: u32 = 4096;
 
@@ -31,7 +34,7 @@ pub const MAX_POLICY_ENTRIES: u32 = 4096;
 const MAX_IDENTITIES: u32 = 65_536;
 
 /// Names of the maps that are pinned; both objects share them.
-pub(super) const PINNED: [&str; 22] = [
+pub(super) const PINNED: [&str; 23] = [
     "CONFIG",
     "PODS",
     "CGROUPS",
@@ -45,6 +48,7 @@ pub(super) const PINNED: [&str; 22] = [
     "ATTESTED",
     "ORIGINALS",
     "CLIENTS",
+    "CUT",
     "UDP_FLOWS",
     "DROPS",
     "RATE",
@@ -77,6 +81,7 @@ pub struct Maps {
     pub attested: Table<FlowKey, Attestation>,
     pub originals: Table<FlowKey, Handover>,
     pub clients: Table<FlowKey, Handover>,
+    pub cut: Table<FlowKey, u64>,
     pub udp_flows: Table<FlowKey, UdpFlow>,
     pub drops: Table<DropKey, u64>,
     pub rate: Table<u64, RateWindow>,
@@ -116,6 +121,7 @@ impl Maps {
             attested: Table::take(ebpf, "ATTESTED")?,
             originals: Table::take(ebpf, "ORIGINALS")?,
             clients: Table::take(ebpf, "CLIENTS")?,
+            cut: Table::take(ebpf, "CUT")?,
             udp_flows: Table::take(ebpf, "UDP_FLOWS")?,
             drops: Table::take(ebpf, "DROPS")?,
             rate: Table::take(ebpf, "RATE")?,
@@ -213,6 +219,13 @@ impl<K: Pod, V: Pod> Table<K, V> {
         Ok(Self { name, map: take(ebpf, name)? })
     }
 
+    /// A table that no program knows, for tests.
+    #[cfg(test)]
+    pub(crate) fn scratch(rows: u32) -> Self {
+        let map = HashMap::create(rows, NO_PREALLOC).expect("a map");
+        Self { name: "SCRATCH", map }
+    }
+
     /// The map's name.
     pub fn name(&self) -> &'static str {
         self.name
@@ -229,6 +242,22 @@ impl<K: Pod, V: Pod> Table<K, V> {
     /// [`KernelError::MapFull`] where there is no room.
     pub fn set(&mut self, key: K, value: V) -> Result<(), KernelError> {
         self.map.insert(key, value, 0).map_err(|error| full_or(self.name, "write", error))
+    }
+
+    /// Writes a row that is not there; false when there is one, which stays as it is.
+    ///
+    /// # Errors
+    /// [`KernelError::MapFull`] where there is no room.
+    pub fn add(&mut self, key: K, value: V) -> Result<bool, KernelError> {
+        match self.map.insert(key, value, NO_EXIST) {
+            Ok(()) => Ok(true),
+            Err(MapError::SyscallError(error))
+                if error.io_error.kind() == std::io::ErrorKind::AlreadyExists =>
+            {
+                Ok(false)
+            }
+            Err(error) => Err(full_or(self.name, "write", error)),
+        }
     }
 
     /// Removes one row; a missing one is no error.

@@ -55,6 +55,7 @@ pub fn map_entries(instance: &Path) -> Result<BTreeMap<&'static str, usize>> {
         "ATTESTED": abi::FlowKey => abi::Attestation,
         "ORIGINALS": abi::FlowKey => abi::Handover,
         "CLIENTS": abi::FlowKey => abi::Handover,
+        "CUT": abi::FlowKey => u64,
         "UDP_FLOWS": abi::FlowKey => abi::UdpFlow,
         "DROPS": abi::DropKey => u64,
     }

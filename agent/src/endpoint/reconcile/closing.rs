@@ -1,7 +1,7 @@
 //! Closing direct flows that lost their right.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     os::fd::AsFd,
     sync::Arc,
 };
@@ -11,12 +11,15 @@ use signet_ebpf::abi::{AddressEntry, FlowKey, Ip};
 use super::{
     super::{
         plan::Plan,
-        rejudge::{self, Close, Closed, Verdicts},
+        rejudge::{self, Close, Closed, Means, Verdicts},
         state::EndpointKey,
     },
     ClosedFlows, Policies, Reconciler,
 };
-use crate::{kernel::KernelError, netns::NetnsFd};
+use crate::{
+    kernel::{KernelError, features::Feature},
+    netns::{NetnsFd, NetnsOpener},
+};
 
 /// `NETLINK_SOCK_DIAG`.
 const SOCK_DIAG: isize = 4;
@@ -74,24 +77,62 @@ impl Reconciler {
     }
 
     async fn close_flows_of(
-        &self,
+        &mut self,
         netns: &Arc<NetnsFd>,
         attested: &HashSet<FlowKey>,
         what: Close,
     ) -> Result<Vec<Closed>, KernelError> {
-        let diag = self
-            .deps
-            .opener
-            .netlink(netns, SOCK_DIAG)
-            .await
-            .map_err(|source| KernelError::SockDiag { action: "list", source })?;
+        let diag = diag_socket(&self.deps.opener, netns).await?;
         let verdicts = Verdicts::new(&self.applied, attested);
         let agent = self.deps.programs.agent().id;
-        rejudge::close(diag.as_fd(), netns.cookie, agent, &verdicts, what)
+        let mut means = if self.deps.programs.features().has(Feature::SockDestroy) {
+            Means::Destroy
+        } else {
+            Means::Cut(&mut self.deps.maps.cut)
+        };
+        rejudge::close(diag.as_fd(), netns.cookie, agent, &verdicts, what, &mut means)
+    }
+
+    /// Forgets the cut flows of pods that are gone, and those whose sockets are.
+    pub(super) async fn sweep_cut(&mut self) {
+        let rows = match self.deps.maps.cut.rows() {
+            Ok(rows) => rows.into_iter().map(|(key, _)| key).collect::<Vec<_>>(),
+            Err(error) => return self.fail("sweep", &error),
+        };
+        let namespaces: BTreeSet<u64> = rows.iter().map(|key| key.netns).collect();
+        for netns in namespaces {
+            let found = self.discovery.found().values().find(|found| found.netns.cookie == netns);
+            let swept = match found.map(|found| found.netns.clone()) {
+                Some(netns_fd) => match diag_socket(&self.deps.opener, &netns_fd).await {
+                    Ok(diag) => {
+                        let table = &mut self.deps.maps.cut;
+                        rejudge::forget_cut(diag.as_fd(), netns, &rows, table)
+                    }
+                    Err(error) => Err(error),
+                },
+                None => rows
+                    .iter()
+                    .filter(|key| key.netns == netns)
+                    .try_for_each(|key| self.deps.maps.cut.remove(key)),
+            };
+            if let Err(error) = swept {
+                self.fail("sweep", &error);
+            }
+        }
     }
 
     fn attested(&self) -> HashSet<FlowKey> {
         let rows = self.deps.maps.attested.rows().unwrap_or_default();
         rows.into_iter().map(|(key, _)| key).collect()
     }
+}
+
+async fn diag_socket(
+    opener: &NetnsOpener,
+    netns: &Arc<NetnsFd>,
+) -> Result<std::os::fd::OwnedFd, KernelError> {
+    opener
+        .netlink(netns, SOCK_DIAG)
+        .await
+        .map_err(|source| KernelError::SockDiag { action: "list", source })
 }

@@ -239,7 +239,7 @@ impl Reconciler {
         self.note_missing(now);
         changed |= self.drop_listeners_of_the_gone()?;
         changed |= self.open_listeners(&world, &params, config.limits.backlog, now).await?;
-        changed |= self.sweep(now);
+        changed |= self.sweep(now).await;
         changed |= self.due.is_some_and(|due| due <= now);
         changed |= self.planned != Some(world.revision);
         if changed {

@@ -199,6 +199,13 @@ async fn live(host: &Host) {
     };
     assert_eq!(key, endpoint.key);
     assert!(outbound.len() == 5 && inbound.len() == 2, "both families of loopback");
+    // Announced last, once everything is in place.
+    let announced = async {
+        while node.announced.lock().unwrap().is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(Duration::from_secs(10), announced).await.expect("it is announced");
     assert_eq!(node.announced.lock().unwrap().len(), 1);
 
     // A restart: closed until listeners are up again, in the same maps, with the same number.

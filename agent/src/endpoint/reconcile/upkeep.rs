@@ -27,8 +27,8 @@ impl Reconciler {
         }
     }
 
-    /// Sweeps; true when the probes' cgroups changed.
-    pub(super) fn sweep(&mut self, now: Instant) -> bool {
+    /// Sweeps, now and then; true when the probes' cgroups changed.
+    pub(super) async fn sweep(&mut self, now: Instant) -> bool {
         if self.last_sweep.is_some_and(|last| now.duration_since(last) < SWEEP) {
             return false;
         }
@@ -37,6 +37,7 @@ impl Reconciler {
         if let Err(error) = sweep::sweep(&mut self.deps.maps, &registered, clock::monotonic()) {
             self.fail("sweep", &error);
         }
+        self.sweep_cut().await;
         let hierarchy = self.deps.programs.hierarchy();
         if self.probes.is_current(hierarchy) {
             return false;

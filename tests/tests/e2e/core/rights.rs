@@ -2,12 +2,15 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
-use signet_lab::traffic::{
-    Role,
-    reports::{Closed, HoldReport},
-    roles::Hold,
-    unix_micros,
+use anyhow::{Context, Result, ensure};
+use signet_lab::{
+    LabOptions,
+    traffic::{
+        Role,
+        reports::{Closed, HoldReport},
+        roles::Hold,
+        unix_micros,
+    },
 };
 
 use crate::mesh::{Mesh, TCP, TIMEOUT, answered_soon, refused_soon, with_logs};
@@ -79,6 +82,53 @@ fn a_plaintext_flow_that_loses_its_right_is_closed_too() -> Result<()> {
         println!("plaintext flow ended {latency:?} after the change: {}", closed.outcome);
         ensure!(closed.outcome != "told" && latency <= WITHDRAWN, "{report:?} {latency:?}");
         held.finish();
+        Ok(())
+    })
+}
+
+#[test]
+fn where_sockets_cannot_be_destroyed_their_packets_are_dropped() -> Result<()> {
+    let masked = std::env::var("SIGNET_MASK_FEATURES").unwrap_or_default();
+    let options = LabOptions {
+        agent_env: vec![("SIGNET_MASK_FEATURES".into(), format!("{masked},sock_destroy"))],
+        ..Default::default()
+    };
+    let mesh = Mesh::with(options, Some("permissive"))?;
+    with_logs(&mesh, |mesh| {
+        let Mesh { lab, frontend, reports, payments, .. } = mesh;
+        let to = payments.at(TCP);
+        let cut = || -> Result<usize> {
+            let entries = lab.agent("node-2")?.map_entries()?;
+            entries.get("CUT").copied().context("no such map")
+        };
+        answered_soon(reports, to)?;
+        let hold = Role::Hold(Hold { to, timeout_ms: 2000, ..Default::default() });
+        let mut losing = reports.start(&hold)?;
+        let mut keeping = frontend.start(&hold)?;
+        losing.wait_event("open", TIMEOUT)?;
+        keeping.wait_event("open", TIMEOUT)?;
+        ensure!(cut()? == 0, "{}", cut()?);
+
+        let changed = unix_micros();
+        mesh.allow_payments(&["frontend"])?;
+        let report: HoldReport = losing.report(TIMEOUT)?;
+        let closed = &report.closed[0];
+        // It hears nothing more, and gives up two seconds after its last answer.
+        ensure!(closed.outcome == "read:ETIMEDOUT", "{report:?}");
+        let silent = Duration::from_micros(closed.at.saturating_sub(changed));
+        ensure!(silent <= WITHDRAWN + Duration::from_secs(2), "{silent:?} {report:?}");
+        ensure!(cut()? == 1, "{}", cut()?);
+        let kept: HoldReport = keeping.finish_and_report(TIMEOUT)?;
+        ensure!(kept.closed.iter().all(|c| c.outcome == "told"), "{kept:?}");
+        lab.agent("node-2")?.wait_flow("its end says why", &["--ends"], |flow| {
+            flow.event == "end" && flow.between("legacy/reports", "shop/payments")
+        })?;
+
+        losing.finish();
+        payments.remove()?;
+        signet_lab::eventually("nothing stays cut of a pod that is gone", TIMEOUT, || {
+            Ok((cut()? == 0).then_some(()))
+        })?;
         Ok(())
     })
 }
