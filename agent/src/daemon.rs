@@ -126,7 +126,8 @@ impl DaemonError {
     /// What kind of failure it is.
     pub fn fault(&self) -> Fault {
         match self {
-            Self::Files(_)
+            Self::Kernel(KernelError::UnknownFeature { .. })
+            | Self::Files(_)
             | Self::Board(_)
             | Self::Root(_)
             | Self::Log(_)

@@ -3,9 +3,17 @@
 use std::{fs, time::Duration};
 
 use anyhow::{Result, ensure};
-use signet_lab::{Lab, LabOptions, process::Output, traffic::Role};
+use signet_lab::{
+    Lab, LabOptions,
+    capture::TUNNEL_PORT,
+    process::Output,
+    traffic::{Role, reports::TcpServerReport},
+};
 
-use crate::mesh::{Mesh, TCP, TIMEOUT, answered, answered_soon, refused_soon, with_logs};
+use crate::{
+    foreign::ForeignProgram,
+    mesh::{Mesh, TCP, TIMEOUT, answered, answered_soon, refused, refused_soon, with_logs},
+};
 
 /// Starts node-1's agent with these further arguments; it must end by itself.
 fn ends(lab: &Lab, flags: &[&str]) -> Result<(i32, String)> {
@@ -93,7 +101,7 @@ fn a_file_that_breaks_later_keeps_its_last_good_state() -> Result<()> {
             let problem = agent.wait_problem(file)?;
             ensure!(!problem["message"].to_string().is_empty(), "{problem}");
         }
-        crate::mesh::refused(intruder, payments.at(TCP), "still")?;
+        refused(intruder, payments.at(TCP), "still")?;
         answered(frontend, payments.at(TCP), "still")?;
         // Mended, it is read again.
         mesh.allow_payments(&["frontend", "intruder"])?;
@@ -126,26 +134,80 @@ fn hosts_that_cannot() -> Result<()> {
     let node = &lab.nodes()[0];
 
     let (code, log) = ends(&lab, &["--bpffs", "/proc"])?;
-    ensure!(code == 6 || code == 3, "exit code {code}: {log}");
+    ensure!(code == 6, "exit code {code}: {log}");
     says(&log, &["bpffs", "/proc"])?;
 
     let (code, log) = ends(&lab, &["--cgroup-root", "/no/such/cgroup"])?;
-    ensure!(code == 6 || code == 3, "exit code {code}: {log}");
+    ensure!(code == 6, "exit code {code}: {log}");
     says(&log, &["/no/such/cgroup"])?;
 
-    // Not root: nobody's uid, everything else as before.
+    // Not root: nobody's uid, everything else as before. And root without the rights to BPF,
+    // as a container has that is not privileged.
     let agent = lab.agent("node-1")?;
-    let mut argv = vec!["setpriv".to_owned(), "--reuid=65534".into(), "--clear-groups".into()];
-    argv.push(signet_lab::process::signet_binary()?.display().to_string());
-    argv.extend(agent.arguments()?);
-    let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
-    let Output { status, stderr, .. } = node.agent_place().run(&argv)?;
-    ensure!(status.code() == Some(6) || status.code() == Some(5), "{status}: {stderr}");
-    ensure!(stderr.contains("root"), "{stderr}");
+    let nobody = ["--reuid=65534", "--clear-groups"];
+    let unprivileged = ["--bounding-set=-bpf,-sys_admin,-perfmon", "--inh-caps=-all"];
+    for less in [nobody, unprivileged] {
+        let mut argv = vec!["setpriv".to_owned()];
+        argv.extend(less.map(str::to_owned));
+        argv.push(signet_lab::process::signet_binary()?.display().to_string());
+        argv.extend(agent.arguments()?);
+        let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
+        let Output { status, stderr, .. } = node.agent_place().run(&argv)?;
+        ensure!(status.code() == Some(6), "{less:?} {status}: {stderr}");
+        ensure!(
+            stderr.contains("root") && stderr.contains("capabilities BPF"),
+            "{less:?} {stderr}"
+        );
+    }
+
+    agent.set_env("SIGNET_MASK_FEATURES", "warp_drive");
+    let (code, log) = ends(&lab, &[])?;
+    ensure!(code == 3, "exit code {code}: {log}");
+    says(&log, &["SIGNET_MASK_FEATURES", "warp_drive", "set_retval"])?;
+    agent.set_env("SIGNET_MASK_FEATURES", "");
 
     // The control.
     agent.start_ready()?;
     Ok(())
+}
+
+#[test]
+fn another_tools_exclusive_program_is_named() -> Result<()> {
+    let lab = one_node()?;
+    let workloads = lab.nodes()[0].workloads();
+    let foreign = ForeignProgram::attach(&workloads)?;
+    let (code, log) = ends(&lab, &[])?;
+    ensure!(code == 6, "exit code {code}: {log}");
+    says(&log, &["othertool", &workloads.display().to_string(), "bpftool cgroup detach"])?;
+    // The control: without it the agent starts.
+    drop(foreign);
+    lab.agent("node-1")?.start_ready()?;
+    Ok(())
+}
+
+#[test]
+fn an_application_on_the_tunnels_own_port_is_in_nobodys_way() -> Result<()> {
+    let mesh = Mesh::start(Some("off"))?;
+    with_logs(&mesh, |mesh| {
+        let Mesh { lab, frontend, payments, .. } = mesh;
+        let mut squatter = payments.start(&Role::tcp(TUNNEL_PORT))?;
+        squatter.wait_event("listening", TIMEOUT)?;
+        // The control: while nothing is enrolled it is an application as any other.
+        answered(frontend, payments.at(TUNNEL_PORT), "squatter")?;
+        lab.cluster().set_mode("shop", Some("strict"))?;
+        lab.wait_state(frontend, "served")?;
+        lab.wait_state(payments, "served")?;
+        for to in payments.all_at(TCP) {
+            let report = answered_soon(frontend, to)?;
+            ensure!(report.peer == Some(to), "{report:?}");
+        }
+        // Its port is the tunnel's now, and no tunnel leads to the tunnel's port.
+        refused(frontend, payments.at(TUNNEL_PORT), "squatter")?;
+        squatter.send("report")?;
+        let report: TcpServerReport = squatter.report(TIMEOUT)?;
+        ensure!(report.accepted == 1, "more than the control: {report:?}");
+        Ok(())
+    })
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod agent_dead;
 mod bad_input;
 mod core;
 mod first_packet;
+mod foreign;
 mod hostile;
 mod mesh;
 mod storm;

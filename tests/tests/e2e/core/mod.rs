@@ -1,6 +1,7 @@
 //! The main promises; run in every variant.
 
 mod calls;
+mod egress;
 mod features;
 mod modes;
 mod refusals;
