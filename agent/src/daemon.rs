@@ -22,7 +22,9 @@ use crate::{
         files::{FilesError, FilesParams, FilesSource},
         model::Ranges,
     },
-    config::{AgentConfig, ConfigError, ConfigSources, Loaded, values::LogFormat},
+    config::{
+        AgentConfig, ConfigError, ConfigSources, Loaded, values::LogFormat, watch::FileChanges,
+    },
     endpoint::{
         reconcile,
         state::{NodeState, NodeStatePublisher},
@@ -301,21 +303,14 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     let mut reconciling = tokio::spawn(reconcile::run(deps, stop.clone()));
     tracing::info!(node = %config.node, cluster_dir = %dir.display(), "agent started");
 
+    let file_changes = FileChanges::of(sources.file.as_deref());
     let mut applied = config;
     let result = loop {
         tokio::select! {
             _ = terminate.recv() => break Ok(()),
             _ = interrupt.recv() => break Ok(()),
-            Some(()) = hangup.recv() => {
-                match reload(&applied, &sources) {
-                    Ok(newer) => {
-                        plane.set_limits(newer.limits);
-                        config_changes.send_replace(Arc::new(newer.clone()));
-                        applied = newer;
-                    }
-                    Err(error) => tracing::error!(%error, "configuration not reloaded; the one in force stays"),
-                }
-            }
+            Some(()) = hangup.recv() => {}
+            () = file_changes.changed() => {}
             ended = &mut reconciling => break Err(ended_as("the reconciler", flatten(ended))),
             ended = &mut serving => break Err(ended_as("the admin socket", flatten(ended))),
             ended = &mut reading => break Err(ended_as("the reader of kernel events", flatten(ended))),
@@ -324,6 +319,16 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
             ended = &mut collector => break Err(ended_as("the flow log", joined(ended))),
             () = svids.ended() => break Err(ended_as("the SVID manager", "its task is gone".into())),
             why = plane.failed() => break Err(ended_as("the data plane", why)),
+        }
+        match reload(&applied, &sources) {
+            Ok(newer) => {
+                plane.set_limits(newer.limits);
+                config_changes.send_replace(Arc::new(newer.clone()));
+                applied = newer;
+            }
+            Err(error) => {
+                tracing::error!(%error, "configuration not reloaded; the one in force stays");
+            }
         }
     };
     // Un-announced first: peers stop dialling. Whatever was enforced stays enforced:

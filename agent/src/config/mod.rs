@@ -8,6 +8,7 @@ mod keys;
 #[cfg(test)]
 mod reference;
 pub mod values;
+pub mod watch;
 pub mod yaml;
 
 use std::{

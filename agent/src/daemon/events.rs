@@ -16,6 +16,7 @@ use crate::{
     flow::{
         FlowEvent, FlowRecord, KnownBy, Party, Recorder, Reporter, Via,
         kernel_events::{ClockOffset, KernelEvents},
+        parties::known_by_address,
     },
 };
 
@@ -98,13 +99,7 @@ fn end_records(closed: &ClosedFlows, state: &NodeState, now: Timestamp) -> Vec<F
             own.identity = Some(endpoint.identity.clone());
             own.known_by = KnownBy::Kernel;
         }
-        let mut other = Party::unknown(flow.remote);
-        let peer = state.world.pods_by_ip.get(&other.ip).and_then(|uid| state.world.pods.get(uid));
-        if let Some(peer) = peer {
-            other.pod = Some((peer.name.namespace.clone(), peer.name.name.clone()));
-            other.service_account = Some(peer.service_account.clone());
-            other.known_by = KnownBy::Address;
-        }
+        let other = known_by_address(flow.remote, state, None);
         let (direction, reporter, source, destination) = if flow.ingress {
             (Direction::Ingress, Reporter::Destination, other, own)
         } else {

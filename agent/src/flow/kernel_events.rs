@@ -14,8 +14,11 @@ use rustix::time::{ClockId, clock_gettime};
 use signet_ebpf::abi::{Direction, Event, Ip, Mode, Reason, Verdict, hook};
 use uuid::Uuid;
 
-use super::record::{FlowEvent, FlowRecord, KnownBy, Party, Reporter, Via};
-use crate::{endpoint::state::NodeState, spiffe::SpiffeId, telemetry::names};
+use super::{
+    parties::known_by_address,
+    record::{FlowEvent, FlowRecord, KnownBy, Party, Reporter, Via},
+};
+use crate::{endpoint::state::NodeState, telemetry::names};
 
 /// The same flow refused again within this time is a retransmission.
 const RETRANSMISSION: u64 = 3_000_000_000;
@@ -219,31 +222,6 @@ fn own_party(event: &Event, state: &NodeState) -> Party {
 fn peer_party(event: &Event, state: &NodeState) -> Party {
     let address = SocketAddr::new(event.remote.to_std(), event.remote_port);
     known_by_address(address, state, Some(event.remote_identity))
-}
-
-fn known_by_address(address: SocketAddr, state: &NodeState, number: Option<u32>) -> Party {
-    let mut party = Party::unknown(address);
-    let world = &state.world;
-    if let Some(pod) = world.pods_by_ip.get(&address.ip()).and_then(|uid| world.pods.get(uid)) {
-        party.pod = Some((pod.name.namespace.clone(), pod.name.name.clone()));
-        party.service_account = Some(pod.service_account.clone());
-        // The world says whose address it is, also where the kernel has no number for it.
-        party.identity = SpiffeId::for_service_account(
-            &world.trust_domain,
-            &pod.name.namespace,
-            &pod.service_account,
-        )
-        .ok();
-        party.known_by = KnownBy::Address;
-    }
-    if let Some(service) = world.services_by_ip.get(&address.ip()) {
-        party.service = Some(format!("{}/{}", service.namespace, service.name).into());
-    }
-    if let Some(identity) = number.and_then(|n| state.identities.get(&n)) {
-        party.identity = Some(identity.clone());
-        party.known_by = KnownBy::Address;
-    }
-    party
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 pub(crate) mod example;
 pub mod kernel_events;
 pub mod merge;
+pub mod parties;
 pub mod record;
 pub mod recorder;
 pub mod ring;

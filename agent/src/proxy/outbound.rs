@@ -25,7 +25,10 @@ use super::{
 use crate::{
     cluster::model::Pod,
     endpoint::state::{EndpointState, NodeState},
-    flow::record::{KnownBy, Party, Via},
+    flow::{
+        parties::known_by_address,
+        record::{KnownBy, Party, Via},
+    },
     policy::model::PolicyName,
     tunnel::{
         copy::{self, CopyError, Counts, reset_on_close},
@@ -232,7 +235,7 @@ impl Outbound<'_> {
             self.uuid,
             Direction::Egress,
             source,
-            Party::unknown(dialled),
+            known_by_address(dialled, state, None),
         )
     }
 

@@ -9,6 +9,7 @@ mod core;
 mod first_packet;
 mod foreign;
 mod hostile;
+mod limits;
 mod mesh;
 mod storm;
 mod transfer;
