@@ -4,8 +4,14 @@ use std::path::Path;
 
 use anyhow::Context;
 
-const FILES: [&str; 5] =
-    ["flow.proto", "relay.proto", "observer.proto", "detail.proto", "admin.proto"];
+const FILES: [&str; 6] = [
+    "flow.proto",
+    "relay.proto",
+    "observer.proto",
+    "detail.proto",
+    "admin.proto",
+    "workload.proto",
+];
 
 /// Writes one Rust file a package into `OUT_DIR`.
 pub fn generate() -> anyhow::Result<()> {

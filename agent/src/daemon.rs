@@ -13,10 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
 use crate::{
-    admin::{
-        Admin, IssuerFacts,
-        socket::{AdminSocket, SocketError},
-    },
+    admin::{Admin, IssuerFacts, socket::AdminSocket},
     cluster::{
         enrolment::{BoardError, FilesBoard},
         files::{FilesError, FilesParams, FilesSource},
@@ -30,10 +27,14 @@ use crate::{
         state::{NodeState, NodeStatePublisher},
     },
     flow,
-    kernel::{self, Counters, FlowSockets, KernelConfig, KernelError, Programs, features},
+    kernel::{
+        self, Counters, FlowSockets, KernelConfig, KernelError, Programs, cgroup::Hierarchy,
+        features,
+    },
     netns::NetnsOpener,
     observer::Observer,
     proxy::{DataPlane, DataPlaneConfig, Dependencies},
+    socket_file::SocketError,
     spiffe::{SpiffeIdError, TrustDomain},
     svid::{
         SvidManager, SvidParams,
@@ -41,6 +42,7 @@ use crate::{
     },
     telemetry::logging::{self, LogError},
     trust::Trust,
+    workload_api::{self, WorkloadApi, WorkloadApiDeps},
 };
 
 use self::{
@@ -73,7 +75,7 @@ pub enum DaemonError {
     /// The authority's root.
     #[error(transparent)]
     Root(#[from] RootFileError),
-    /// The admin socket.
+    /// The admin socket or the Workload API's.
     #[error(transparent)]
     Socket(#[from] SocketError),
     /// The log.
@@ -201,13 +203,15 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     // The socket comes before anything that would take part in traffic: a second agent on
     // the same run directory ends here.
     let socket = AdminSocket::bind(&config.run_dir)?;
+    let workload_socket = workload_api::bind(&config.workload_socket())?;
 
     let (recorder, collector) = flow::start(flow::Limits::default());
     let log = recorder.log();
     let trust = Trust::new();
     let bundle = issuer.bundle();
     trust.set(domain.clone(), bundle.clone());
-    let svids = SvidManager::start(Arc::new(issuer), SvidParams::default());
+    let issuer = Arc::new(issuer);
+    let svids = SvidManager::start(issuer.clone(), SvidParams::default());
     let opener = NetnsOpener::start().map_err(start("the network namespaces' thread"))?;
     let pins = programs.pins().to_owned();
     let flow_sockets = Arc::new(FlowSockets::open(&pins)?);
@@ -227,13 +231,28 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
             opener: opener.clone(),
             flow_sockets,
             svids: svids.clone(),
-            trust,
+            trust: trust.clone(),
             recorder: recorder.clone(),
             commands,
         },
     )
     .map_err(start("the data plane"))?;
     let plane = Arc::new(plane);
+    let (workload_api, workloads) = WorkloadApi::new(
+        workload_socket,
+        WorkloadApiDeps {
+            state: state.clone(),
+            trust,
+            trust_domain: domain.clone(),
+            hierarchy: Hierarchy::find()?,
+            issuer,
+            jwt_issuer: None,
+            opener: opener.clone(),
+            has_peer_pidfd: programs.features().has(features::Feature::PeerPidfd),
+            limits: workload_api::Limits::default(),
+        },
+        SvidParams::default(),
+    );
     let (report, kernel_report) = watch::channel(reconcile::KernelReport::default());
     let (config_changes, live_config) = watch::channel(Arc::new(config.clone()));
     let picture = Picture {
@@ -253,6 +272,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         report: kernel_report,
         config: live_config.clone(),
         losses: losses.clone(),
+        workloads,
         newest: Newest::new(started),
     };
     let counted = plane.clone();
@@ -299,6 +319,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     let ended = CancellationToken::new();
     // The socket answers until the process ends, also while it drains.
     let mut serving = tokio::spawn(socket.serve(routes, ended.clone().cancelled_owned()));
+    let mut serving_workloads = tokio::spawn(workload_api.serve(ended.clone().cancelled_owned()));
     let mut recording = tokio::spawn(record_closed(closed_flows, state.clone(), recorder.clone()));
     let mut reconciling = tokio::spawn(reconcile::run(deps, stop.clone()));
     tracing::info!(node = %config.node, cluster_dir = %dir.display(), "agent started");
@@ -313,6 +334,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
             () = file_changes.changed() => {}
             ended = &mut reconciling => break Err(ended_as("the reconciler", flatten(ended))),
             ended = &mut serving => break Err(ended_as("the admin socket", flatten(ended))),
+            ended = &mut serving_workloads => break Err(ended_as("the Workload API", flatten(ended))),
             ended = &mut reading => break Err(ended_as("the reader of kernel events", flatten(ended))),
             ended = &mut forwarding => break Err(ended_as("the recorder of kernel events", joined(ended))),
             ended = &mut recording => break Err(ended_as("the recorder of closed flows", joined(ended))),
@@ -344,6 +366,9 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     ended.cancel();
     if !serving.is_finished() {
         let _ = tokio::time::timeout(DRAIN, &mut serving).await;
+    }
+    if !serving_workloads.is_finished() {
+        let _ = tokio::time::timeout(DRAIN, &mut serving_workloads).await;
     }
     result
 }

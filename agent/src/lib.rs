@@ -6,7 +6,7 @@
 //! 1. [`spiffe`] parses and encodes SPIFFE IDs, bundles and SVIDs, [`netns`] opens sockets
 //!    inside pods' network namespaces, [`config`] reads the agent's configuration,
 //!    [`telemetry`] names reasons and sets logging up, [`proto`] holds the messages of the
-//!    gRPC services.
+//!    gRPC services, [`socket_file`] binds unix sockets.
 //! 2. [`policy`] turns policy objects into one model, evaluates and compiles it; [`ca`] signs;
 //!    [`trust`] holds the bundles of all trusted domains.
 //! 3. [`cluster`] says what the cluster is: a [`cluster::model::World`] with a revision.
@@ -14,7 +14,8 @@
 //!    requests and rotates SVIDs; [`tunnel`] speaks HBONE.
 //! 5. [`endpoint`] finds this node's pods and reconciles the kernel with the world.
 //! 6. [`flow`] records verdicts.
-//! 7. [`proxy`] carries flows; [`observer`] and [`admin`] answer the command line.
+//! 7. [`proxy`] carries flows; [`observer`] and [`admin`] answer the command line;
+//!    [`workload_api`] gives pods their own SVIDs.
 //! 8. [`daemon`] puts the node agent together.
 //! 9. [`cli`] is the command line.
 
@@ -32,8 +33,10 @@ pub mod observer;
 pub mod policy;
 pub mod proto;
 pub mod proxy;
+pub mod socket_file;
 pub mod spiffe;
 pub mod svid;
 pub mod telemetry;
 pub mod trust;
 pub mod tunnel;
+pub mod workload_api;

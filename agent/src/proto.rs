@@ -54,3 +54,7 @@ package! {
     /// The agent's own service.
     admin = "signet.admin.v1"
 }
+package! {
+    /// The SPIFFE Workload API, which has no package.
+    workload = "_"
+}

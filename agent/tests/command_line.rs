@@ -16,7 +16,7 @@ use signet::{
     admin::{
         Admin, DropCount, EnforcementState, IssuerFacts, KernelFacts, StatusInputs, SvidFacts,
         SvidState,
-        socket::{AdminSocket, SocketError, path_in},
+        socket::{AdminSocket, path_in},
     },
     cluster::model::{ModeOrigin, ObjectName, Pod, Problem, Synced, World},
     endpoint::state::{EndpointKey, EndpointState, NodeState, Waiting},
@@ -25,6 +25,7 @@ use signet::{
     },
     observer::Observer,
     policy::model::PolicyName,
+    socket_file::SocketError,
     spiffe::{SpiffeId, TrustDomain},
 };
 use signet_ebpf::abi::{Direction, DropKey, Ip, Mode, Reason, Verdict};

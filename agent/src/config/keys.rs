@@ -274,9 +274,16 @@ keys! {
     "instance" Restart false "name" "Name of this agent's pins, for several agents on one kernel."
         set(c, v) { c.instance = label(one(v)?, 63)?; }
         get(c) vec![c.instance.clone()];
-    "runDir" Restart false "directory" "Sockets are made here: admin/agent.sock, mode 0700."
+    "runDir" Restart false "directory"
+        "Sockets are made here: admin/agent.sock, in a directory of mode 0700, and \
+         workload/workload.sock."
         set(c, v) { c.run_dir = path(v)?; }
         get(c) shown_path(&c.run_dir);
+    "workloadSocket" Restart false "path"
+        "Socket of the SPIFFE Workload API, alone in its directory, which pods mount; the \
+         default is workload/workload.sock below runDir."
+        set(c, v) { c.workload_socket = Some(path(v)?); }
+        get(c) c.workload_socket.iter().flat_map(|p| shown_path(p)).collect();
     "stateDir" Restart false "directory" "What outlives the agent is kept here."
         set(c, v) { c.state_dir = path(v)?; }
         get(c) shown_path(&c.state_dir);

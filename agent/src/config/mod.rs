@@ -40,6 +40,7 @@ pub struct AgentConfig {
     pub bpffs: PathBuf,
     pub instance: String,
     pub run_dir: PathBuf,
+    pub workload_socket: Option<PathBuf>,
     pub state_dir: PathBuf,
     pub unknown_pods: UnknownPods,
     pub when_agent_dead: WhenAgentDead,
@@ -87,6 +88,7 @@ impl Default for AgentConfig {
             bpffs: "/sys/fs/bpf/signet".into(),
             instance: "default".into(),
             run_dir: "/run/signet".into(),
+            workload_socket: None,
             state_dir: "/var/lib/signet".into(),
             unknown_pods: UnknownPods::Auto,
             when_agent_dead: WhenAgentDead::Allow,
@@ -121,6 +123,13 @@ impl AgentConfig {
     /// The admin socket's path.
     pub fn admin_socket(&self) -> PathBuf {
         self.run_dir.join("admin").join("agent.sock")
+    }
+
+    /// The Workload API's socket.
+    pub fn workload_socket(&self) -> PathBuf {
+        self.workload_socket
+            .clone()
+            .unwrap_or_else(|| self.run_dir.join("workload").join("workload.sock"))
     }
 
     /// The directory of this instance's pins, without the ABI's version.

@@ -18,6 +18,7 @@ use crate::{
     kernel::Counters,
     proxy::DataPlaneHandle,
     svid::{SvidHandle, SvidStatus},
+    workload_api::WorkloadApiHandle,
 };
 
 /// Takes the picture of a moment.
@@ -34,6 +35,7 @@ pub(super) struct Picture {
     pub(super) report: watch::Receiver<KernelReport>,
     pub(super) config: watch::Receiver<Arc<AgentConfig>>,
     pub(super) losses: Arc<Losses>,
+    pub(super) workloads: WorkloadApiHandle,
     pub(super) newest: Newest,
 }
 
@@ -111,6 +113,7 @@ impl Picture {
             ("flows_unattributed", stats.unattributed),
         ];
         all.extend(plane.map(|(name, value)| (name.to_owned(), value)));
+        all.extend(self.workloads.counters().all());
         for (kind, value) in stats.failures {
             all.push((format!("tunnel_failures{{kind=\"{kind}\"}}"), value));
         }

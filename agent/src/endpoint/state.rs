@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// An endpoint's key: a re-made sandbox is a new endpoint.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct EndpointKey {
     /// The pod's uid.
     pub uid: Arc<str>,
