@@ -1,4 +1,4 @@
-//! Signet's chores: `cargo xtask setup | build | check | test | demo`.
+//! Signet's chores: `cargo xtask setup | build | check | test | fuzz | demo`.
 //!
 //! Progress goes to standard error, results to standard output. Exit codes are those of
 //! the product: 1 when the answer is no, 6 when this host cannot do what was asked.
@@ -9,6 +9,7 @@ mod command;
 mod demo;
 mod ebpf;
 mod failure;
+mod fuzz;
 mod setup;
 mod test;
 mod toolchain;
@@ -47,11 +48,16 @@ enum Chore {
     },
     /// Set up, build, and run every test: unit tests, then end to end in the lab (as root).
     Test(test::Selection),
+    /// Run the parsers of untrusted bytes under libFuzzer.
+    Fuzz(fuzz::Options),
     /// Set up, build, and show Signet at work on two nodes made on this machine (as root).
     Demo(demo::Options),
 }
 
 fn main() -> ExitCode {
+    if std::env::var_os(fuzz::WRAPPER_VARIABLE).is_some() {
+        return fuzz::compile();
+    }
     let arguments = Arguments::parse();
     match run(arguments.chore) {
         Ok(()) => ExitCode::SUCCESS,
@@ -77,6 +83,7 @@ fn run(chore: Chore) -> anyhow::Result<()> {
         }
         Chore::Check { rules } => check::run(&workspace, rules),
         Chore::Test(selection) => test::run(&workspace, &selection),
+        Chore::Fuzz(options) => fuzz::run(&workspace, &options),
         Chore::Demo(options) => demo::run(&workspace, &options),
     }
 }

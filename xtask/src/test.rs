@@ -13,10 +13,13 @@ use std::{
 
 use anyhow::{Context as _, bail};
 
-use crate::{command, failure::Failure, setup, toolchain, workspace::Workspace};
+use crate::{command, failure::Failure, fuzz, setup, toolchain, workspace::Workspace};
 
 /// Connections of the storm under `--soak` (60,000 without).
 const SOAK_STORM: &str = "300000";
+
+/// Seconds for each fuzz target under `--soak`.
+const SOAK_FUZZ_SECONDS: u64 = 60;
 
 /// What to test.
 #[derive(clap::Args)]
@@ -27,7 +30,8 @@ pub struct Selection {
     /// Only the end-to-end tests.
     #[arg(long)]
     e2e: bool,
-    /// The whole end-to-end suite in every variant, with a storm five times as long.
+    /// The whole end-to-end suite in every variant, with a storm five times as long; then the
+    /// fuzz targets.
     #[arg(long, conflicts_with = "unit")]
     soak: bool,
     /// End-to-end tests at a time (each has its own nodes and network).
@@ -126,7 +130,25 @@ pub fn run(workspace: &Workspace, selection: &Selection) -> anyhow::Result<()> {
             parts.push(end_to_end(workspace, selection, *variant)?);
         }
     }
+    if selection.soak && selection.filter.is_none() {
+        parts.push(fuzzed(workspace)?);
+    }
     conclude(&parts, selection.filter.as_deref())
+}
+
+/// Every fuzz target counts as a test.
+fn fuzzed(workspace: &Workspace) -> anyhow::Result<Part> {
+    eprintln!("test: fuzz targets");
+    let start = Instant::now();
+    let results = fuzz::all(workspace, SOAK_FUZZ_SECONDS)?;
+    let passed = results.iter().filter(|result| result.ok).count() as u64;
+    let failed = results.len() as u64 - passed;
+    Ok(Part {
+        name: "fuzz targets".to_owned(),
+        count: Count { passed, failed, ignored: 0 },
+        ok: failed == 0,
+        took: start.elapsed(),
+    })
 }
 
 fn unit(workspace: &Workspace, selection: &Selection) -> anyhow::Result<Part> {

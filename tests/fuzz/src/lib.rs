@@ -1,0 +1,234 @@
+//! Signet's parsers of untrusted bytes, each as a function that a fuzzer calls.
+//!
+//! A target says whether the parser took the input, and panics where a parser breaks what it
+//! promises: that what it took reads the same when it is written again. `cargo xtask fuzz`
+//! runs them under libFuzzer; the tests here run every seed once.
+
+#![forbid(unsafe_code)]
+
+use http::{HeaderName, HeaderValue, Method, Request, Uri};
+use prost::Message;
+use signet::{
+    cluster::{enrolment::Announcement, manifest},
+    config::{ConfigSources, yaml},
+    endpoint::identities::Identities,
+    observer::{decode, filter::Filters},
+    policy::native,
+    proto::flow,
+    spiffe::{SpiffeId, TrustDomain, bundle::Bundle, jwks::SpiffeBundle, jwt::JwtSvid, leaf::Leaf},
+    tunnel::hbone::head::{Open, parse_address},
+};
+use signet_ebpf::abi::{Event, IDENTITY_NAME_LEN, IdentityName};
+
+/// Environment variable that chooses the target of the fuzzer's process.
+pub const TARGET_VARIABLE: &str = "SIGNET_FUZZ_TARGET";
+
+/// Environment variable that names the directory into which the target's seeds are written.
+pub const CORPUS_VARIABLE: &str = "SIGNET_FUZZ_CORPUS";
+
+/// A parser under test.
+pub struct Target {
+    /// Name on the command line and of the corpus' directory.
+    pub name: &'static str,
+    /// True when the parser takes the input.
+    pub run: fn(&[u8]) -> bool,
+    /// Inputs to begin with; the first one is taken.
+    pub seeds: &'static [&'static [u8]],
+}
+
+/// Every target.
+pub const TARGETS: &[Target] = &[
+    Target {
+        name: "spiffe-id",
+        run: spiffe_id,
+        seeds: &[b"spiffe://cluster.local/ns/shop/sa/web", b"SPIFFE://Td/a/../b", b"spiffe://"],
+    },
+    Target { name: "leaf", run: leaf, seeds: &[include_bytes!("../seeds/leaf.der")] },
+    Target { name: "bundle", run: bundle, seeds: &[include_bytes!("../seeds/bundle.pem")] },
+    Target {
+        name: "jwks",
+        run: jwks,
+        seeds: &[
+            br#"{"keys":[],"spiffe_sequence":1,"spiffe_refresh_hint":300}"#,
+            br#"{"keys":[{"kty":"EC","use":"jwt-svid","kid":"a","crv":"P-256","x":"","y":""}]}"#,
+        ],
+    },
+    Target {
+        name: "jwt",
+        run: jwt,
+        seeds: &[
+            b"eyJhbGciOiJFUzI1NiIsImtpZCI6ImEifQ.eyJzdWIiOiJzcGlmZmU6Ly90ZC93IiwiYXVkIjpbIngiXSwiZXhwIjo5OTk5OTk5OTk5fQ.AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
+            b"e30.e30.",
+        ],
+    },
+    Target { name: "yaml", run: yaml, seeds: &[b"a: [b, {c: 1}]\n", b"- &a x\n- *a\n", b"{"] },
+    Target {
+        name: "manifest",
+        run: manifest,
+        seeds: &[
+            b"apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {signet.dev/mode: strict}}\n",
+            b"apiVersion: v1\nkind: Pod\nmetadata: {name: a, namespace: b, uid: c}\nspec: {nodeName: n, containers: []}\nstatus: {podIPs: [{ip: 10.0.0.1}]}\n",
+            b"apiVersion: v1\nkind: Service\nmetadata: {name: a, namespace: b}\nspec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}\n",
+            b"apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: a, namespace: b}\naddressType: IPv4\nendpoints: []\nports: []\n",
+        ],
+    },
+    Target { name: "ranges", run: ranges, seeds: &[b"podRanges: [10.244.0.0/16]\nserviceRanges: [fd00::/108]\n"] },
+    Target {
+        name: "board",
+        run: board,
+        seeds: &[b"node: node-1\nrevision: 3\ntime: 2026-01-01T00:00:00Z\nserved:\n- uid: \"a\"\n  pod: \"b/c\"\n"],
+    },
+    Target {
+        name: "policy",
+        run: policy,
+        seeds: &[
+            b"apiVersion: signet.dev/v1alpha1\nkind: IdentityPolicy\nmetadata: {name: p, namespace: shop}\nspec:\n  action: Deny\n  ingress:\n  - from: [{identities: [\"spiffe://td/*\"], notNamespaces: [a*]}]\n    ports: [{port: 80, endPort: 90, protocol: TCP}]\n",
+        ],
+    },
+    Target { name: "config", run: config, seeds: &[b"node: n\nsvidTtl: 1h\nlimits:\n  openFlows: 3\n", b"podRanges: [10.0.0.0/8]\n"] },
+    Target {
+        name: "hbone-head",
+        run: hbone_head,
+        seeds: &[
+            b"10.0.0.1:80\nforwarded: for=\"10.0.0.2:4242\"\nsignet-flow: 6f1c8b1e-6e9e-4f6c-9d3b-0a1b2c3d4e5f\n",
+            b"[fd00::1]:443\nforwarded: For=\"[fd00::2]:1\";by=x\n",
+        ],
+    },
+    Target { name: "filters", run: filters, seeds: &[b"", b"\x0a\x04shop"] },
+    Target { name: "flow", run: seen_flow, seeds: &[] },
+    Target { name: "event", run: event, seeds: &[&[0; size_of::<Event>()], b"short"] },
+    Target { name: "identity-row", run: identity_row, seeds: &[b"\x0d\x00spiffe://td/a"] },
+];
+
+/// The target of that name.
+pub fn target(name: &str) -> Option<&'static Target> {
+    TARGETS.iter().find(|target| target.name == name)
+}
+
+fn text(data: &[u8]) -> Option<&str> {
+    std::str::from_utf8(data).ok()
+}
+
+fn spiffe_id(data: &[u8]) -> bool {
+    let Some(text) = text(data) else { return false };
+    if let Ok(domain) = TrustDomain::parse(text) {
+        assert_eq!(TrustDomain::parse(domain.as_str()).as_ref(), Ok(&domain));
+    }
+    let Ok(id) = SpiffeId::parse(text) else { return false };
+    assert_eq!(SpiffeId::parse(id.as_str()).as_ref(), Ok(&id));
+    if let Some((namespace, account)) = id.workload() {
+        let same = SpiffeId::for_service_account(&id.trust_domain(), namespace, account);
+        assert_eq!(same.as_ref(), Ok(&id));
+    }
+    true
+}
+
+fn leaf(data: &[u8]) -> bool {
+    Leaf::parse(data).is_ok()
+}
+
+fn bundle(data: &[u8]) -> bool {
+    Bundle::from_pem(data).is_ok()
+}
+
+fn jwks(data: &[u8]) -> bool {
+    let Ok(bundle) = SpiffeBundle::decode(data) else { return false };
+    // A key that can be verified with but not published says so.
+    if let Ok(document) = bundle.encode() {
+        let again = SpiffeBundle::decode(document.as_bytes()).expect("its own document");
+        assert_eq!(again.encode().expect("as before"), document);
+    }
+    true
+}
+
+fn jwt(data: &[u8]) -> bool {
+    text(data).is_some_and(|token| JwtSvid::parse_unverified(token).is_ok())
+}
+
+fn yaml(data: &[u8]) -> bool {
+    text(data).is_some_and(|text| yaml::parse(text).is_ok())
+}
+
+fn manifest(data: &[u8]) -> bool {
+    text(data).is_some_and(|text| manifest::read("fuzz.yaml", text).is_ok())
+}
+
+fn ranges(data: &[u8]) -> bool {
+    text(data).is_some_and(|text| manifest::read_ranges(text).is_ok())
+}
+
+fn board(data: &[u8]) -> bool {
+    text(data).is_some_and(|text| Announcement::read("node-1", text).is_ok())
+}
+
+fn policy(data: &[u8]) -> bool {
+    let Some(text) = text(data) else { return false };
+    matches!(yaml::parse_one(text), Ok(Some(node)) if native::read(&node).is_ok())
+}
+
+fn config(data: &[u8]) -> bool {
+    text(data).is_some_and(|text| ConfigSources::default().load_with(Some(text)).is_ok())
+}
+
+/// The first line is the authority, the others are header fields.
+fn hbone_head(data: &[u8]) -> bool {
+    let mut lines = data.split(|b| *b == b'\n');
+    let Some(authority) = lines.next() else { return false };
+    if let Some(address) = text(authority).and_then(parse_address) {
+        assert_eq!(parse_address(&address.to_string()), Some(address));
+    }
+    let Ok(uri) = Uri::try_from(authority) else { return false };
+    let mut request = Request::new(());
+    *request.method_mut() = Method::CONNECT;
+    *request.uri_mut() = uri;
+    for line in lines {
+        let mut parts = line.splitn(2, |b| *b == b':');
+        let name = parts.next().and_then(|name| HeaderName::from_bytes(name).ok());
+        let value = parts.next().and_then(|v| HeaderValue::from_bytes(v.trim_ascii()).ok());
+        if let (Some(name), Some(value)) = (name, value) {
+            request.headers_mut().append(name, value);
+        }
+    }
+    let Ok(open) = Open::parse(&request) else { return false };
+    let again = open.request().expect("what was read can be written");
+    assert_eq!(Open::parse(&again).expect("as written"), open);
+    true
+}
+
+fn filters(data: &[u8]) -> bool {
+    let Ok(filter) = flow::FlowFilter::decode(data) else { return false };
+    Filters::compile(vec![filter.clone()], vec![filter]).is_ok()
+}
+
+fn seen_flow(data: &[u8]) -> bool {
+    flow::Flow::decode(data).is_ok_and(|message| decode::decode(&message).is_ok())
+}
+
+fn event(data: &[u8]) -> bool {
+    Event::from_bytes(data).is_some()
+}
+
+fn identity_row(data: &[u8]) -> bool {
+    let Some((len, name)) = data.split_first_chunk::<2>() else { return false };
+    let mut row = IdentityName { len: u16::from_ne_bytes(*len), bytes: [0; IDENTITY_NAME_LEN] };
+    let held = name.len().min(row.bytes.len());
+    row.bytes[..held].copy_from_slice(&name[..held]);
+    let table = Identities::from_rows(&[(256, row)]);
+    table.names().contains_key(&256)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seeds_run_and_the_first_is_taken() {
+        for target in TARGETS {
+            for (i, seed) in target.seeds.iter().enumerate() {
+                let taken = (target.run)(seed);
+                assert!(i > 0 || taken, "{} refuses its first seed", target.name);
+            }
+            assert!(!(target.run)(b"\xff\xfe\x00no"), "{} takes anything", target.name);
+        }
+    }
+}
