@@ -255,6 +255,15 @@ fn inputs(node: &str) -> StatusInputs {
             next_attempt: Some(now + SignedDuration::from_secs(9 * 60 + 1)),
             error: None,
         }],
+        workload_svids: vec![(
+            "shop/frontend-7d9c".into(),
+            SvidFacts {
+                id: SpiffeId::parse("spiffe://cluster.local/ns/shop/sa/frontend").unwrap(),
+                state: SvidState::Missing,
+                next_attempt: Some(now + SignedDuration::from_secs(2)),
+                error: Some("the authority did not answer within 10s".into()),
+            },
+        )],
         drops: vec![DropCount {
             key: DropKey {
                 netns: 1,
@@ -520,6 +529,52 @@ async fn endpoints_are_listed_and_one_is_shown_in_full() {
     assert_eq!((code(&output), stdout(&output)), (1, String::new()));
     let output = run(&["endpoints", "--socket", &socket, "nobody"]).await;
     assert_eq!(code(&output), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn svids_are_listed_and_shown() {
+    let node = Node::start(inputs("node-1"));
+    let socket = node.socket();
+    let output = run(&["svid", "list", "--socket", &socket]).await;
+    let text = stdout(&output);
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(
+        lines[0].split_whitespace().collect::<Vec<_>>(),
+        ["IDENTITY", "NODE", "USE", "POD", "STATE", "EXPIRES", "NEXT"]
+    );
+    assert!(
+        lines[1].starts_with("spiffe://cluster.local/ns/shop/sa/payments  node-1  tunnel    -  "),
+        "{text}"
+    );
+    assert!(lines[1].contains("  valid   in 35m"), "{text}");
+    assert!(
+        lines[2].starts_with("spiffe://cluster.local/ns/shop/sa/frontend  node-1  workload  shop/frontend-7d9c  failed"),
+        "{text}"
+    );
+    assert_eq!(code(&output), 0);
+
+    let output = run(&["svid", "show", "shop/frontend-7d9c", "--socket", &socket]).await;
+    let text = stdout(&output);
+    for line in [
+        "Identity  spiffe://cluster.local/ns/shop/sa/frontend\n",
+        "Use       workload  pod shop/frontend-7d9c  on node-1\n",
+        "State     failed\n",
+        "Error     the authority did not answer within 10s\n",
+    ] {
+        assert!(text.contains(line), "{line:?} is missing from\n{text}");
+    }
+    let payments = "spiffe://cluster.local/ns/shop/sa/payments";
+    let output = run(&["svid", "show", payments, "-o", "json", "--socket", &socket]).await;
+    let json: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert_eq!(json["schema"], "signet.dev/svids/v1");
+    assert_eq!(json["node"], "node-1");
+    assert_eq!(json["svids"].as_array().unwrap().len(), 1);
+    assert_eq!(json["svids"][0]["use"], "tunnel");
+    assert_eq!(json["svids"][0]["state"], "valid");
+    assert_eq!(json["svids"][0]["pod"], serde_json::Value::Null);
+    let output = run(&["svid", "show", "shop/nobody", "--socket", &socket]).await;
+    assert_eq!((code(&output), stdout(&output)), (1, String::new()));
+    assert!(stderr(&output).contains("shop/nobody"), "{}", stderr(&output));
 }
 
 #[tokio::test(flavor = "multi_thread")]

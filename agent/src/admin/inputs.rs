@@ -28,8 +28,10 @@ pub struct StatusInputs {
     pub kernel: KernelFacts,
     /// The authority.
     pub issuer: IssuerFacts,
-    /// Every SVID that is wanted.
+    /// Every SVID that is wanted for the tunnel.
     pub svids: Vec<SvidFacts>,
+    /// Every SVID that the Workload API holds, with its pod as `namespace/name`.
+    pub workload_svids: Vec<(String, SvidFacts)>,
     /// The kernel's drop counters.
     pub drops: Vec<DropCount>,
     /// Problems that the world does not carry (the daemon's own, the kernel's, the issuer's).

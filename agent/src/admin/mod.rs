@@ -1,4 +1,4 @@
-//! The agent's own service on its admin socket: status and endpoints.
+//! The agent's own service on its admin socket: status, endpoints and SVIDs.
 //!
 //! The daemon provides [`StatusInputs`], a plain picture of the moment; everything else
 //! here is pure.
@@ -7,6 +7,7 @@ pub mod endpoints;
 pub mod inputs;
 pub mod socket;
 pub mod status;
+pub mod svids;
 
 use std::sync::Arc;
 
@@ -19,7 +20,8 @@ pub use self::inputs::{
 use crate::{
     flow::FlowLog,
     proto::admin::{
-        EndpointsRequest, EndpointsResponse, StatusRequest, StatusResponse,
+        EndpointsRequest, EndpointsResponse, ListSvidsRequest, ListSvidsResponse, StatusRequest,
+        StatusResponse,
         admin_server::{self, AdminServer},
     },
 };
@@ -70,5 +72,13 @@ impl admin_server::Admin for Admin {
         let drops = endpoints::recent_drops(&self.log);
         let response = endpoints::assemble(&inputs, &drops, &request, Timestamp::now());
         Ok(Response::new(response))
+    }
+
+    async fn list_svids(
+        &self,
+        _: Request<ListSvidsRequest>,
+    ) -> Result<Response<ListSvidsResponse>, Status> {
+        let inputs = self.inputs().await?;
+        Ok(Response::new(svids::assemble(&inputs, Timestamp::now())))
     }
 }

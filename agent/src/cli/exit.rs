@@ -74,6 +74,7 @@ impl Failure {
         let exit = match status.code() {
             Code::InvalidArgument => Exit::Usage,
             Code::PermissionDenied | Code::Unauthenticated => Exit::Denied,
+            Code::Unimplemented => Exit::Host,
             Code::Internal | Code::Unknown => Exit::Bug,
             _ => Exit::Unreachable,
         };

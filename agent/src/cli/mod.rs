@@ -3,11 +3,13 @@
 mod agent;
 mod endpoints;
 mod exit;
+mod fetch;
 mod filters;
 mod flow_lines;
 mod flows;
 mod sockets;
 mod status;
+mod svid;
 mod table;
 
 use std::{ffi::OsString, process::ExitCode};
@@ -29,6 +31,7 @@ Examples:
   signet flows -f -n shop --not --port 53
   signet status
   signet endpoints shop/payments-5b7f
+  signet svid list
 
 Exit codes: 0 done or yes; 1 the answer is no; 2 usage; 3 bad input; 4 agent unreachable;
 5 not permitted; 6 this host cannot; 70 a bug."
@@ -49,6 +52,9 @@ enum Command {
     Status(status::StatusArgs),
     /// Show the pods of this node: mode, identity, policies, drops.
     Endpoints(endpoints::EndpointsArgs),
+    /// Show the agent's SVIDs, or fetch one's own inside a pod.
+    #[command(subcommand)]
+    Svid(svid::SvidCommand),
 }
 
 /// Runs one command; `run_agent` is the node agent, which a command line alone does not need.
@@ -97,6 +103,7 @@ fn run(
         }
         Command::Status(args) => client(status::run(args)),
         Command::Endpoints(args) => client(endpoints::run(args)),
+        Command::Svid(command) => client(svid::run(command)),
     }
 }
 
@@ -167,9 +174,11 @@ mod tests {
     fn an_agent_that_nobody_serves_is_unreachable() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("agent.sock");
-        for command in ["flows", "status", "endpoints"] {
-            let failure = exit_of(&[command, "--socket", socket.to_str().unwrap()]).unwrap_err();
-            assert_eq!(failure.exit, Exit::Unreachable, "{command}");
+        let commands: [&[&str]; 4] = [&["flows"], &["status"], &["endpoints"], &["svid", "list"]];
+        for command in commands {
+            let arguments = [command, &["--socket", socket.to_str().unwrap()]].concat();
+            let failure = exit_of(&arguments).unwrap_err();
+            assert_eq!(failure.exit, Exit::Unreachable, "{command:?}");
             assert!(failure.to_string().contains("agent.sock"), "{failure}");
         }
     }

@@ -40,15 +40,35 @@ pub struct Agent {
     pub channel: Channel,
 }
 
-/// Connects to one agent.
+/// Connects to one agent's admin socket.
 pub async fn connect(path: &Path) -> Result<Agent, Failure> {
+    connect_to(
+        path,
+        &Remedies {
+            denied: "the admin socket is for root only",
+            missing: "is the agent running, and is --socket right?",
+        },
+    )
+    .await
+}
+
+/// What to do about a socket that cannot be reached.
+pub struct Remedies {
+    /// Where it may not be reached.
+    pub denied: &'static str,
+    /// Where there is none.
+    pub missing: &'static str,
+}
+
+/// Connects to a socket.
+pub async fn connect_to(path: &Path, remedies: &Remedies) -> Result<Agent, Failure> {
     let socket: Arc<str> = path.display().to_string().into();
     let stream = match tokio::time::timeout(TIMEOUT, UnixStream::connect(path)).await {
         Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => return Err(unreachable(&socket, &error)),
+        Ok(Err(error)) => return Err(unreachable(&socket, &error, remedies)),
         Err(_) => {
             let error = io::Error::from(io::ErrorKind::TimedOut);
-            return Err(unreachable(&socket, &error));
+            return Err(unreachable(&socket, &error, remedies));
         }
     };
     // The one connection is made already; tonic asks for it by a connector.
@@ -106,12 +126,10 @@ pub async fn within_time<T>(
     }
 }
 
-fn unreachable(socket: &str, error: &io::Error) -> Failure {
+fn unreachable(socket: &str, error: &io::Error, remedies: &Remedies) -> Failure {
     let (exit, remedy) = match error.kind() {
-        io::ErrorKind::PermissionDenied => (Exit::Denied, "the admin socket is for root only"),
-        io::ErrorKind::NotFound => {
-            (Exit::Unreachable, "is the agent running, and is --socket right?")
-        }
+        io::ErrorKind::PermissionDenied => (Exit::Denied, remedies.denied),
+        io::ErrorKind::NotFound => (Exit::Unreachable, remedies.missing),
         _ => (Exit::Unreachable, "is the agent running?"),
     };
     Failure::new(exit, format!("{socket}: {error}; {remedy}"))

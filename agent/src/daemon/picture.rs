@@ -18,7 +18,7 @@ use crate::{
     kernel::Counters,
     proxy::DataPlaneHandle,
     svid::{SvidHandle, SvidStatus},
-    workload_api::WorkloadApiHandle,
+    workload_api::{WorkloadApiHandle, WorkloadKey},
 };
 
 /// Takes the picture of a moment.
@@ -80,10 +80,27 @@ impl Picture {
             },
             issuer: self.issuer.clone(),
             svids: self.svids.status().into_iter().map(svid_facts).collect(),
+            workload_svids: self.workload_svids(),
             drops,
             problems,
             counters: self.counters(),
         }
+    }
+
+    fn workload_svids(&self) -> Vec<(String, SvidFacts)> {
+        let state = self.state.current();
+        let pod = |key: &WorkloadKey| match key {
+            WorkloadKey::Pod(key) => match state.endpoints.get(&key.netns) {
+                Some(endpoint) => {
+                    let name = &endpoint.pod.name;
+                    format!("{}/{}", name.namespace, name.name)
+                }
+                // It went a moment ago.
+                None => format!("uid {}", key.uid),
+            },
+        };
+        let held = self.workloads.svids().status().into_iter();
+        held.map(|status| (pod(&status.key), svid_facts(status))).collect()
     }
 
     fn counters(&self) -> Vec<(String, u64)> {
@@ -121,7 +138,7 @@ impl Picture {
     }
 }
 
-fn svid_facts(status: SvidStatus) -> SvidFacts {
+fn svid_facts<K>(status: SvidStatus<K>) -> SvidFacts {
     SvidFacts {
         id: status.id,
         state: match status.validity {
