@@ -4,16 +4,18 @@ use std::{fmt, time::Duration};
 
 use jiff::{SignedDuration, Timestamp};
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber, SubjectPublicKeyInfo,
+    BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, PublicKeyData, SerialNumber,
 };
 use rustls::pki_types::{
     CertificateDer, PrivatePkcs8KeyDer,
     pem::{SectionKind, SliceIter},
 };
-use time::OffsetDateTime;
-use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude::FromDer};
+use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
+use super::{
+    Intermediate,
+    sign::{Signer, authority_name, crypto, date, random_serial, uris},
+};
 use crate::spiffe::{Bundle, BundleError, SpiffeId, TrustDomain};
 
 /// How far back `notBefore` lies, for clocks that run behind.
@@ -23,10 +25,8 @@ pub const ROOT_LIFETIME: SignedDuration = SignedDuration::from_hours(10 * 365 * 
 
 /// A root certificate with its key. Neither `Debug` nor any error prints the key.
 pub struct Root {
-    domain: TrustDomain,
     certificate: CertificateDer<'static>,
-    not_after: Timestamp,
-    issuer: Issuer<'static, KeyPair>,
+    signer: Signer,
 }
 
 /// Why a root cannot be used or does not sign.
@@ -79,6 +79,17 @@ pub enum CaError {
         /// The authority's domain.
         domain: TrustDomain,
     },
+    /// A name under which a server should be known is no name.
+    #[error("{0:?} is neither a DNS name nor an address; correct the authority's serving names")]
+    ServerName(String),
+    /// The provided certificates do not belong together.
+    #[error("{file}: {problem}")]
+    Provided {
+        /// The file's name.
+        file: &'static str,
+        /// What is wrong, and what to do.
+        problem: String,
+    },
     /// The requested identity is a whole trust domain.
     #[error("{0} names a whole trust domain; only workloads get SVIDs")]
     NotAWorkload(SpiffeId),
@@ -97,17 +108,10 @@ impl Root {
     /// Makes a new root for a trust domain, valid for [`ROOT_LIFETIME`] from `now`.
     pub fn create(domain: &TrustDomain, now: Timestamp) -> Result<Self, CaError> {
         let key = KeyPair::generate().map_err(crypto)?;
-        let serial = random_serial();
         let mut params = CertificateParams::default();
-        let mut name = DistinguishedName::new();
-        name.push(DnType::OrganizationName, domain.as_str());
-        // Roots of one domain have different names: paths are built without guessing.
-        name.push(DnType::CommonName, format!("Signet root {}", hex(&serial[..4])));
-        params.distinguished_name = name;
-        params.serial_number = Some(SerialNumber::from_slice(&serial));
+        params.serial_number = Some(SerialNumber::from_slice(&random_serial()));
+        authority_name(&mut params, domain, "root")?;
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        params.subject_alt_names = vec![uri(&domain.id())?];
         params.not_before = date(now - BACKDATE)?;
         params.not_after = date(now + ROOT_LIFETIME)?;
         let certificate = params.self_signed(&key).map_err(crypto)?;
@@ -160,19 +164,19 @@ impl Root {
             return Err(CaError::Expired { domain: domain.clone(), not_after });
         }
         let issuer = Issuer::from_ca_cert_der(&certificate, key).map_err(crypto)?;
-        Ok(Self { domain: domain.clone(), certificate, not_after, issuer })
+        Ok(Self { certificate, signer: Signer { domain: domain.clone(), issuer, not_after } })
     }
 
     /// Certificate and key in PEM: for a file that only its owner reads.
     pub fn to_pem(&self) -> String {
         let certificate =
             pem::encode(&pem::Pem::new("CERTIFICATE", self.certificate.as_ref().to_vec()));
-        format!("{certificate}{}", self.issuer.key().serialize_pem())
+        format!("{certificate}{}", self.signer.issuer.key().serialize_pem())
     }
 
     /// The trust domain.
     pub fn trust_domain(&self) -> &TrustDomain {
-        &self.domain
+        &self.signer.domain
     }
 
     /// The root's certificate.
@@ -182,7 +186,7 @@ impl Root {
 
     /// When the root runs out.
     pub fn not_after(&self) -> Timestamp {
-        self.not_after
+        self.signer.not_after
     }
 
     /// The bundle of just this root.
@@ -199,54 +203,31 @@ impl Root {
         now: Timestamp,
         ttl: Duration,
     ) -> Result<CertificateDer<'static>, CaError> {
-        if id.trust_domain() != self.domain {
-            return Err(CaError::WrongTrustDomain { id: id.clone(), domain: self.domain.clone() });
-        }
-        if id.path().is_empty() {
-            return Err(CaError::NotAWorkload(id.clone()));
-        }
-        if self.not_after <= now {
-            return Err(CaError::Expired {
-                domain: self.domain.clone(),
-                not_after: self.not_after,
-            });
-        }
-        let public_key = SubjectPublicKeyInfo::from_der(public_key)
-            .map_err(|_| CaError::PublicKey(id.clone()))?;
-        let not_after = now.saturating_add(ttl).unwrap_or(Timestamp::MAX).min(self.not_after);
-        let mut params = CertificateParams::default();
-        // An empty subject makes the alternative name critical (RFC 5280 section 4.2.1.6).
-        params.distinguished_name = DistinguishedName::new();
-        params.serial_number = Some(SerialNumber::from_slice(&random_serial()));
-        params.subject_alt_names = vec![uri(id)?];
-        params.is_ca = IsCa::ExplicitNoCa;
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages =
-            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        params.use_authority_key_identifier_extension = true;
-        params.not_before = date(now - BACKDATE)?;
-        params.not_after = date(not_after)?;
-        Ok(params.signed_by(&public_key, &self.issuer).map_err(crypto)?.der().clone())
+        self.signer.leaf(id, public_key, now, ttl)
+    }
+
+    /// A new intermediate with a key of its own, valid for `lifetime` or until the root's end.
+    pub fn intermediate(
+        &self,
+        now: Timestamp,
+        lifetime: Duration,
+    ) -> Result<Intermediate, CaError> {
+        Intermediate::create(&self.signer, &[], now, lifetime)
     }
 }
 
 impl fmt::Debug for Root {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Root")
-            .field("domain", &self.domain)
-            .field("not_after", &self.not_after)
+            .field("domain", &self.signer.domain)
+            .field("not_after", &self.signer.not_after)
             .finish_non_exhaustive()
     }
 }
 
 /// The signing certificate's one URI must be the trust domain's own ID.
 fn check_domain(certificate: &X509Certificate<'_>, domain: &TrustDomain) -> Result<(), CaError> {
-    let names = certificate.subject_alternative_name().map_err(crypto)?;
-    let uris: Vec<&str> = names
-        .iter()
-        .flat_map(|names| &names.value.general_names)
-        .filter_map(|name| if let GeneralName::URI(uri) = name { Some(*uri) } else { None })
-        .collect();
+    let uris = uris(certificate)?;
     let none = |found: String| CaError::NoTrustDomain { expected: domain.id(), found };
     let [uri] = uris[..] else {
         return Err(none(format!("{} URIs", uris.len())));
@@ -264,33 +245,10 @@ fn check_domain(certificate: &X509Certificate<'_>, domain: &TrustDomain) -> Resu
     Ok(())
 }
 
-fn uri(id: &SpiffeId) -> Result<SanType, CaError> {
-    Ok(SanType::URI(id.as_str().try_into().map_err(crypto)?))
-}
-
-fn date(t: Timestamp) -> Result<OffsetDateTime, CaError> {
-    // Certificates know whole seconds only.
-    OffsetDateTime::from_unix_timestamp(t.as_second()).map_err(|_| CaError::Time(t))
-}
-
-/// 16 random bytes, positive and without a leading zero byte as DER wants it.
-fn random_serial() -> [u8; 16] {
-    let mut serial: [u8; 16] = rand::random();
-    serial[0] = serial[0] & 0x7f | 0x40;
-    serial
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
-}
-
-fn crypto(error: impl fmt::Display) -> CaError {
-    CaError::Crypto(error.to_string())
-}
-
 #[cfg(test)]
 mod tests {
-    use rcgen::{IsCa, SanType};
+    use rcgen::{IsCa, KeyUsagePurpose, SanType};
+    use x509_parser::extensions::GeneralName;
 
     use super::*;
     use crate::spiffe::{forge::valid, leaf::Leaf};
@@ -382,7 +340,7 @@ mod tests {
         let text = root.to_pem();
         let (certificate, key) = text.split_at(text.find("-----BEGIN PRIVATE").unwrap());
         let (certificate, key) = (certificate.to_owned(), key.to_owned());
-        let other_key = other.issuer.key().serialize_pem();
+        let other_key = other.signer.issuer.key().serialize_pem();
         let read = |text: &str| Root::from_pem(text.as_bytes(), &td(), now());
         assert!(read(&(key.clone() + &certificate)).is_ok(), "in any order");
 
