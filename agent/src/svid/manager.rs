@@ -42,6 +42,9 @@ pub struct SvidParams {
     pub first_retry: Duration,
     /// The longest wait after a failure.
     pub longest_retry: Duration,
+    /// How long an SVID is kept after its identity was last wanted: a pod that is replaced
+    /// finds it again. It is not renewed meanwhile.
+    pub grace: Duration,
 }
 
 impl Default for SvidParams {
@@ -52,6 +55,7 @@ impl Default for SvidParams {
             timeout: Duration::from_secs(10),
             first_retry: Duration::from_millis(250),
             longest_retry: Duration::from_secs(30),
+            grace: Duration::from_secs(60),
         }
     }
 }
@@ -127,8 +131,9 @@ impl SvidHandle {
 }
 
 impl<K: SvidKey> SvidHandle<K> {
-    /// Says for what SVIDs are needed, and which. What is not named any more, or has another
-    /// identity, is forgotten with its private key; what is new is requested at once.
+    /// Says for what SVIDs are needed, and which. What is new is requested at once; what has
+    /// another identity is forgotten with its private key, what is not named any more after
+    /// [`SvidParams::grace`].
     pub fn want_each(&self, each: BTreeMap<K, SpiffeId>) {
         self.wanted.send_if_modified(|wanted| {
             let changed = *wanted != each;
@@ -186,6 +191,15 @@ struct Entry {
     in_flight: bool,
     failures: u32,
     last_error: Option<String>,
+    /// Since when nobody has wanted it.
+    unwanted_since: Option<Timestamp>,
+}
+
+impl Entry {
+    /// True when a request may be made for it.
+    fn is_idle(&self) -> bool {
+        !self.in_flight && self.unwanted_since.is_none()
+    }
 }
 
 /// How a request ended.
@@ -223,7 +237,19 @@ impl<K: SvidKey> Keeper<K> {
     /// Makes the entries those of `each`.
     fn adopt(&mut self, each: &BTreeMap<K, SpiffeId>) {
         let now = (self.params.clock)();
-        self.entries.retain(|key, entry| each.get(key) == Some(&entry.id));
+        let grace = self.params.grace;
+        self.entries.retain(|key, entry| match each.get(key) {
+            Some(id) => {
+                entry.unwanted_since = None;
+                *id == entry.id
+            }
+            None => {
+                let since = *entry.unwanted_since.get_or_insert(now);
+                // Without an SVID there is nothing to keep; a clock that went back keeps nothing.
+                let within = since <= now && now.duration_since(since).unsigned_abs() < grace;
+                entry.svid.is_some() && within
+            }
+        });
         for (key, id) in each {
             if !self.entries.contains_key(key) {
                 self.next_number += 1;
@@ -235,6 +261,7 @@ impl<K: SvidKey> Keeper<K> {
                     in_flight: false,
                     failures: 0,
                     last_error: None,
+                    unwanted_since: None,
                 };
                 self.entries.insert(key.clone(), entry);
             }
@@ -247,7 +274,7 @@ impl<K: SvidKey> Keeper<K> {
         let mut due: Vec<_> = self
             .entries
             .iter_mut()
-            .filter(|(_, entry)| !entry.in_flight && entry.next_request <= now)
+            .filter(|(_, entry)| entry.is_idle() && entry.next_request <= now)
             .collect();
         due.sort_by_key(|(_, entry)| entry.svid.as_ref().map(|svid| svid.not_after));
         let room = self.params.concurrency.max(1).saturating_sub(self.requests.len());
@@ -317,8 +344,11 @@ impl<K: SvidKey> Keeper<K> {
             return LONGEST_SLEEP; // an answer comes first
         }
         let now = (self.params.clock)();
-        let idle = self.entries.values().filter(|entry| !entry.in_flight);
-        let next = idle.map(|entry| entry.next_request).min();
+        let due = self.entries.values().filter_map(|entry| match entry.unwanted_since {
+            Some(since) => Some(since.saturating_add(self.params.grace).unwrap_or(since)),
+            None => (!entry.in_flight).then_some(entry.next_request),
+        });
+        let next = due.min();
         let wait = next.map_or(LONGEST_SLEEP, |at| at.duration_since(now).unsigned_abs());
         match next {
             Some(at) if at <= now => Duration::ZERO,
@@ -454,6 +484,7 @@ mod tests {
         SvidParams {
             first_retry: Duration::from_millis(10),
             longest_retry: Duration::from_millis(40),
+            grace: Duration::ZERO,
             ..SvidParams::default()
         }
     }
@@ -526,6 +557,24 @@ mod tests {
         want([("pod-1", "b"), ("pod-2", "a")]);
         assert_ne!(until_held("pod-1", "b").await.private_key(), one.private_key());
         assert!(Arc::ptr_eq(&until_held("pod-2", "a").await, &two), "not touched");
+    }
+
+    #[tokio::test]
+    async fn an_identity_that_comes_back_in_time_finds_its_svid() {
+        let grace = Duration::from_secs(2);
+        let (issuer, handle) = start(TestIssuer::new(), SvidParams { grace, ..quick() });
+        handle.want(ids(["a"]));
+        until(&handle, "first", |h| h.get(&id("a")).is_some()).await;
+        let first = handle.get(&id("a")).unwrap();
+        handle.want(BTreeSet::new());
+        time::sleep(grace / 4).await;
+        handle.want(ids(["a", "b"]));
+        until(&handle, "b", |h| h.get(&id("b")).is_some()).await;
+        assert!(Arc::ptr_eq(&handle.get(&id("a")).unwrap(), &first));
+        assert_eq!(issuer.requests(), 2, "a is not requested again");
+        handle.want(ids(["b"]));
+        until(&handle, "a goes", |h| h.get(&id("a")).is_none()).await;
+        assert_eq!(handle.status().len(), 1);
     }
 
     #[tokio::test]
