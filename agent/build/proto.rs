@@ -4,13 +4,15 @@ use std::path::Path;
 
 use anyhow::Context;
 
-const FILES: [&str; 6] = [
+const FILES: [&str; 8] = [
     "flow.proto",
     "relay.proto",
     "observer.proto",
     "detail.proto",
     "admin.proto",
     "workload.proto",
+    "istio_ca.proto",
+    "authority.proto",
 ];
 
 /// Writes one Rust file a package into `OUT_DIR`.

@@ -6,7 +6,7 @@
 //! 1. [`spiffe`] parses and encodes SPIFFE IDs, bundles and SVIDs, [`netns`] opens sockets
 //!    inside pods' network namespaces, [`config`] reads the agent's configuration,
 //!    [`telemetry`] names reasons and sets logging up, [`proto`] holds the messages of the
-//!    gRPC services, [`socket_file`] binds unix sockets.
+//!    gRPC services, [`socket_file`] binds unix sockets, [`api_server`] asks the Kubernetes API.
 //! 2. [`policy`] turns policy objects into one model, evaluates and compiles it; [`ca`] signs;
 //!    [`trust`] holds the bundles of all trusted domains.
 //! 3. [`cluster`] says what the cluster is: a [`cluster::model::World`] with a revision.
@@ -16,10 +16,12 @@
 //! 6. [`flow`] records verdicts.
 //! 7. [`proxy`] carries flows; [`observer`] and [`admin`] answer the command line;
 //!    [`workload_api`] gives pods their own SVIDs.
-//! 8. [`daemon`] puts the node agent together.
+//! 8. [`daemon`] puts the node agent together; [`authority`] is the certificate authority.
 //! 9. [`cli`] is the command line.
 
 pub mod admin;
+pub mod api_server;
+pub mod authority;
 pub mod ca;
 pub mod cli;
 pub mod cluster;

@@ -58,3 +58,11 @@ package! {
     /// The SPIFFE Workload API, which has no package.
     workload = "_"
 }
+package! {
+    /// Istio's CA API.
+    istio_ca = "istio.v1.auth"
+}
+package! {
+    /// The authority's own service.
+    authority = "signet.v1"
+}

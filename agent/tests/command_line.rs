@@ -172,6 +172,7 @@ fn pod(name: &str, mode: Mode) -> Arc<Pod> {
         finished: false,
         terminating: false,
         alive: true,
+        mirror: false,
         named_ports: Default::default(),
         mode,
         mode_origin: ModeOrigin::Namespace,

@@ -29,6 +29,8 @@
 
 pub mod address;
 pub mod agent;
+pub mod api_server;
+pub mod authority;
 pub mod capture;
 pub mod cgroup;
 pub mod cluster_dir;

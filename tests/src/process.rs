@@ -134,7 +134,8 @@ struct Lines {
 }
 
 impl Running {
-    fn start(mut command: Command, name: &str, logs: &Path) -> Result<Self> {
+    /// Starts a command as it is; `name` names its log file in `logs`.
+    pub(crate) fn start(mut command: Command, name: &str, logs: &Path) -> Result<Self> {
         std::fs::create_dir_all(logs).with_context(|| logs.display().to_string())?;
         let log = logs.join(format!("{name}.log"));
         let stderr = File::options()

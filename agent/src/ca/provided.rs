@@ -265,7 +265,7 @@ mod tests {
     #[test]
     fn roots_and_intermediates_sign_as_far_as_their_path_length_lets_them() {
         let free = BasicConstraints::Unconstrained;
-        let root = Made::new("root", free.clone(), None, |_| {});
+        let root = Made::new("root", free, None, |_| {});
         assert_eq!(issued(&read(&files(&root, &[], &root)).unwrap()), 2, "leaf, our own");
         let middle = Made::new("middle", BasicConstraints::Constrained(1), Some(&root), |_| {});
         let provided = read(&files(&middle, &[&middle, &root], &root)).unwrap();
@@ -279,9 +279,9 @@ mod tests {
     #[test]
     fn files_that_do_not_fit() {
         let free = BasicConstraints::Unconstrained;
-        let root = Made::new("root", free.clone(), None, |_| {});
-        let other = Made::new("other", free.clone(), None, |_| {});
-        let middle = Made::new("middle", free.clone(), Some(&root), |_| {});
+        let root = Made::new("root", free, None, |_| {});
+        let other = Made::new("other", free, None, |_| {});
+        let middle = Made::new("middle", free, Some(&root), |_| {});
         let good = files(&middle, &[&middle], &root);
         assert!(read(&good).is_ok());
 
@@ -298,12 +298,12 @@ mod tests {
         assert!(broken(&|f| f.ca_cert.clear()).contains("0 certificates"));
         assert!(broken(&|f| f.ca_cert.extend(root.pem())).contains("2 certificates"));
 
-        let foreign = Made::new("foreign", free.clone(), None, |p| {
+        let foreign = Made::new("foreign", free, None, |p| {
             p.subject_alt_names = vec![SanType::URI("spiffe://other".try_into().unwrap())];
         });
         let error = read(&files(&foreign, &[], &foreign)).unwrap_err();
         assert!(matches!(error, CaError::ForeignTrustDomain { .. }), "{error}");
-        let leaf = Made::new("leaf", free.clone(), Some(&root), |p| p.is_ca = IsCa::ExplicitNoCa);
+        let leaf = Made::new("leaf", free, Some(&root), |p| p.is_ca = IsCa::ExplicitNoCa);
         assert!(read(&files(&leaf, &[], &root)).unwrap_err().to_string().contains("CA:TRUE"));
         let old = Made::new("old", free, Some(&root), |p| valid(p, -7200, -60));
         assert!(matches!(read(&files(&old, &[], &root)), Err(CaError::Expired { .. })));

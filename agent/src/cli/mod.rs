@@ -1,6 +1,7 @@
 //! The command line: arguments to one command, and its exit code.
 
 mod agent;
+mod authority;
 mod endpoints;
 mod exit;
 mod fetch;
@@ -46,6 +47,8 @@ struct Cli {
 enum Command {
     /// Run the node agent.
     Agent(agent::AgentArgs),
+    /// Run the certificate authority of a trust domain, or rotate its root.
+    Authority(authority::AuthorityArgs),
     /// Show verdicts on flows, past and live.
     Flows(Box<flows::FlowsArgs>),
     /// Show whether the agent does its work, and what keeps it from it.
@@ -63,7 +66,7 @@ pub fn main(
     run_agent: impl FnOnce(Loaded, ConfigSources) -> Result<(), Failure>,
 ) -> ExitCode {
     let args: Vec<OsString> = args.into_iter().collect();
-    if args.get(1).is_none_or(|command| command != "agent") {
+    if args.get(1).is_none_or(|command| command != "agent" && command != "authority") {
         // A command that only asks ends at any panic; the agent deals with its own.
         let report = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
@@ -97,6 +100,7 @@ fn run(
     };
     match cli.command {
         Command::Agent(args) => agent::run(args, run_agent),
+        Command::Authority(args) => authority::run(args),
         Command::Flows(args) => {
             let terms = filters::terms(matches.subcommand_matches("flows"))?;
             client(flows::run(*args, terms))

@@ -171,6 +171,7 @@ impl Assembler {
             finished: facts.finished,
             terminating: facts.terminating,
             alive: facts.alive,
+            mirror: facts.mirror,
             named_ports: facts.named_ports.clone(),
             mode,
             mode_origin,

@@ -175,6 +175,8 @@ pub struct Pod {
     pub terminating: bool,
     /// `status.phase` is Pending or Running (the authority's rule).
     pub alive: bool,
+    /// A mirror of a static pod: the kubelet made it, no account stands behind it.
+    pub mirror: bool,
     /// Named container ports: name → port.
     pub named_ports: BTreeMap<Arc<str>, u16>,
     /// The mode in force: the namespace's, raised by the pod's own label (DESIGN §2).

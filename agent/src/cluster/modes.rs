@@ -292,6 +292,7 @@ mod tests {
             host_network: false,
             finished: false,
             alive: true,
+            mirror: false,
             terminating: false,
             created: 0,
             named_ports: Default::default(),

@@ -85,6 +85,8 @@ pub struct PodFacts {
     pub finished: bool,
     /// `status.phase` is Pending (or not set yet) or Running.
     pub alive: bool,
+    /// It has the annotation [`MIRROR`].
+    pub mirror: bool,
     /// `metadata.deletionTimestamp` is set.
     pub terminating: bool,
     /// `metadata.creationTimestamp`, Unix seconds; 0 when absent.
@@ -140,6 +142,9 @@ pub struct NodeFacts {
     /// `spec.podCIDRs`.
     pub pod_ranges: Vec<IpNet>,
 }
+
+/// Annotation of the pods by which a kubelet shows its static pods.
+pub const MIRROR: &str = "kubernetes.io/config.mirror";
 
 /// Prefix of the labels and annotations that are Signet's.
 pub const LABEL_PREFIX: &str = "signet.dev/";
@@ -255,6 +260,7 @@ impl PodFacts {
             host_network,
             finished: matches!(phase, "Succeeded" | "Failed"),
             alive: matches!(phase, "Pending" | "Running"),
+            mirror: meta.annotations.as_ref().is_some_and(|a| a.contains_key(MIRROR)),
             terminating: meta.deletion_timestamp.is_some(),
             created: meta.creation_timestamp.as_ref().map_or(0, |t| t.0.as_second()),
             named_ports,

@@ -95,7 +95,7 @@ impl Key {
 }
 
 /// Plain where YAML reads the same text back, else quoted.
-fn quote(value: &str) -> String {
+pub(super) fn quote(value: &str) -> String {
     let plain = !value.is_empty()
         && value.chars().all(|c| c.is_ascii_alphanumeric() || "/._-".contains(c))
         && !value.starts_with('-')
@@ -105,7 +105,7 @@ fn quote(value: &str) -> String {
 
 type Set = Result<(), String>;
 
-fn one(values: &[String]) -> Result<&str, String> {
+pub(super) fn one(values: &[String]) -> Result<&str, String> {
     match values {
         [value] if !value.is_empty() => Ok(value),
         [] | [_] => Err("nothing where a value is wanted".into()),
@@ -113,7 +113,7 @@ fn one(values: &[String]) -> Result<&str, String> {
     }
 }
 
-fn path(values: &[String]) -> Result<PathBuf, String> {
+pub(super) fn path(values: &[String]) -> Result<PathBuf, String> {
     let value = one(values)?;
     if !value.starts_with('/') {
         return Err(format!("{:?} is not an absolute path", shorten(value)));
@@ -133,7 +133,7 @@ fn cgroup(value: &str) -> Result<String, String> {
 }
 
 /// A name that becomes a directory's.
-fn label(value: &str, most: usize) -> Result<String, String> {
+pub(super) fn label(value: &str, most: usize) -> Result<String, String> {
     let fine = value.len() <= most
         && value.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
         && value
@@ -148,7 +148,7 @@ fn label(value: &str, most: usize) -> Result<String, String> {
     Ok(value.into())
 }
 
-fn trust_domain(value: &str) -> Result<String, String> {
+pub(super) fn trust_domain(value: &str) -> Result<String, String> {
     let fine = (1..=255).contains(&value.len())
         && value.bytes().all(|c| {
             c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, b'.' | b'-' | b'_')
@@ -163,7 +163,7 @@ fn trust_domain(value: &str) -> Result<String, String> {
     Ok(value.into())
 }
 
-fn duration(values: &[String], least: u64, most: u64) -> Result<Duration, String> {
+pub(super) fn duration(values: &[String], least: u64, most: u64) -> Result<Duration, String> {
     let value = one(values)?;
     let wrong = || {
         format!(
@@ -181,7 +181,7 @@ fn duration(values: &[String], least: u64, most: u64) -> Result<Duration, String
     Ok(duration)
 }
 
-fn show_duration(duration: Duration) -> String {
+pub(super) fn show_duration(duration: Duration) -> String {
     let secs = duration.as_secs();
     let nanos = duration.subsec_nanos();
     match (secs, nanos) {
@@ -192,7 +192,7 @@ fn show_duration(duration: Duration) -> String {
     }
 }
 
-fn number<T>(values: &[String], least: T, most: T) -> Result<T, String>
+pub(super) fn number<T>(values: &[String], least: T, most: T) -> Result<T, String>
 where
     T: FromStr + PartialOrd + Display + Copy,
 {
@@ -204,15 +204,18 @@ where
         .ok_or_else(|| format!("{:?} is not a whole number from {least} to {most}", shorten(value)))
 }
 
-fn each<T>(values: &[String], read: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
+pub(super) fn each<T>(
+    values: &[String],
+    read: impl Fn(&str) -> Result<T, String>,
+) -> Result<Vec<T>, String> {
     values.iter().map(|value| read(value)).collect()
 }
 
-fn shown<T: ToString>(values: &[T]) -> Vec<String> {
+pub(super) fn shown<T: ToString>(values: &[T]) -> Vec<String> {
     values.iter().map(T::to_string).collect()
 }
 
-fn shown_path(path: &std::path::Path) -> Vec<String> {
+pub(super) fn shown_path(path: &std::path::Path) -> Vec<String> {
     vec![path.to_string_lossy().into_owned()]
 }
 

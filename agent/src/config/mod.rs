@@ -4,6 +4,7 @@
 //! default, live or restart, and what it means; loading, `--print-config` and the reference
 //! page are made from it. Unknown keys are refused wherever they stand.
 
+pub mod authority;
 mod keys;
 #[cfg(test)]
 mod reference;

@@ -1,6 +1,9 @@
 //! `docs/configuration.md`, generated from [`KEYS`] and held in step with it.
 
-use super::{Apply, KEYS};
+use super::{
+    Apply, KEYS,
+    authority::{AuthorityConfig, SETTINGS},
+};
 
 const HEAD: &str = "# Configuration
 
@@ -14,6 +17,16 @@ This page is generated from the agent's own table (`agent/src/config/keys.rs`).
 
 | Key | Flag | Environment | Values | Default | Takes effect | Meaning |
 |---|---|---|---|---|---|---|
+";
+
+const AUTHORITY: &str = "
+## The authority
+
+`signet authority` reads its own keys (`agent/src/config/authority.rs`) from the same kinds of sources;
+all take effect when it starts.
+
+| Key | Flag | Environment | Values | Default | Meaning |
+|---|---|---|---|---|---|
 ";
 
 fn markdown() -> String {
@@ -34,6 +47,21 @@ fn markdown() -> String {
             key.name,
             key.flag(),
             key.env(),
+        );
+    }
+    page += AUTHORITY;
+    for setting in SETTINGS {
+        let default = match setting.show(&AuthorityConfig::default()).as_str() {
+            "null" | "[]" => "–".to_owned(),
+            text => format!("`{text}`"),
+        };
+        page += &format!(
+            "| `{}` | `--{}` | `{}` | {} | {default} | {} |\n",
+            setting.name,
+            setting.flag(),
+            setting.env(),
+            setting.form.replace('|', "\\|"),
+            setting.doc.replace('|', "\\|"),
         );
     }
     page

@@ -130,6 +130,7 @@ pub(crate) fn pod(name: &str, mode: Mode) -> Arc<Pod> {
         finished: false,
         terminating: false,
         alive: true,
+        mirror: false,
         named_ports: BTreeMap::new(),
         mode,
         mode_origin: ModeOrigin::Namespace,

@@ -142,6 +142,8 @@ impl WorkloadApi {
         } else {
             Method::PeerPid(deps.opener.clone())
         };
+        // A pod's key goes with the pod: the lingering is the keeper's, while it is there.
+        let params = SvidParams { grace: Duration::ZERO, ..params };
         let svids = SvidManager::start(Arc::clone(&deps.issuer), params);
         let counters = Arc::new(Counters::default());
         let stop = CancellationToken::new();

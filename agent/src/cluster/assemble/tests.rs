@@ -29,6 +29,7 @@ fn pod(uid: &str, created: i64) -> PodFacts {
         host_network: false,
         finished: false,
         alive: true,
+        mirror: false,
         terminating: false,
         created,
         named_ports: BTreeMap::new(),

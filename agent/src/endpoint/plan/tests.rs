@@ -87,6 +87,7 @@ impl Scene {
             finished: false,
             terminating: false,
             alive: true,
+            mirror: false,
             named_ports: BTreeMap::new(),
             mode: self.world.namespaces.get(namespace).map_or(Mode::Off, |n| n.mode),
             mode_origin: ModeOrigin::Namespace,

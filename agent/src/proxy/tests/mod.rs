@@ -144,6 +144,7 @@ pub(super) fn pod(account: &str, pod_ip: &str, mode: Mode) -> Arc<Pod> {
         finished: false,
         terminating: false,
         alive: true,
+        mirror: false,
         named_ports: BTreeMap::new(),
         mode,
         mode_origin: ModeOrigin::Namespace,

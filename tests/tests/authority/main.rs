@@ -1,0 +1,6 @@
+//! `signet authority` as its callers see it: a gRPC client over TLS, a test API server, openssl.
+//! No agent, no eBPF and no privileges take part.
+
+mod client;
+mod issuing;
+mod replicas;
