@@ -291,10 +291,14 @@ fn connect_reaches_only_this_pods_own_ports() -> Result<()> {
                 "port {port}: {report:?}"
             );
         }
+        let without_port = match payments.ip() {
+            IpAddr::V4(v4) => v4.to_string(),
+            IpAddr::V6(v6) => format!("[{v6}]"),
+        };
         siege.refused(
             "no port",
             "wrong_destination",
-            HostileClient { authority: payments.ip().to_string(), ..siege.right() },
+            HostileClient { authority: without_port, ..siege.right() },
         )?;
         siege.refused(
             "a closed port",
