@@ -1,6 +1,7 @@
 //! The node agent put together: what starts in which order, what ends it, how it ends.
 
 mod events;
+mod identity;
 mod picture;
 
 use std::{io, sync::Arc, time::Duration};
@@ -38,7 +39,7 @@ use crate::{
     spiffe::{SpiffeIdError, TrustDomain},
     svid::{
         SvidManager, SvidParams,
-        issuer::{EmbeddedIssuer, RootFileError},
+        issuer::{RemoteError, RootFileError},
     },
     telemetry::logging::{self, LogError},
     trust::Trust,
@@ -47,6 +48,7 @@ use crate::{
 
 use self::{
     events::{forward_events, record_closed},
+    identity::Identity,
     picture::{Losses, Newest, Picture},
 };
 
@@ -72,6 +74,9 @@ pub enum DaemonError {
     /// The board of served pods.
     #[error(transparent)]
     Board(#[from] BoardError),
+    /// The authority that is asked.
+    #[error(transparent)]
+    Remote(#[from] RemoteError),
     /// The authority's root.
     #[error(transparent)]
     Root(#[from] RootFileError),
@@ -134,6 +139,7 @@ impl DaemonError {
             | Self::Files(_)
             | Self::Board(_)
             | Self::Root(_)
+            | Self::Remote(_)
             | Self::Log(_)
             | Self::TrustDomain { .. }
             | Self::Missing { .. } => Fault::Input,
@@ -164,7 +170,8 @@ pub fn run(loaded: Loaded, sources: ConfigSources) -> Result<(), DaemonError> {
     let params = FilesParams { ranges: ranges(&config), ..FilesParams::new(domain.clone()) };
     let world = FilesSource::start(&dir, params)?;
     let board = FilesBoard::open(&dir, &config.node)?;
-    let issuer = EmbeddedIssuer::open(&config.authority_dir(), &domain, config.svid_ttl)?;
+    let trust = Trust::new();
+    let identity = Identity::open(&config, &domain, &trust)?;
 
     // Before any socket is made: this may move the process into a cgroup of its own.
     let (programs, maps) = Programs::load(&kernel_config(&config))?;
@@ -175,7 +182,8 @@ pub fn run(loaded: Loaded, sources: ConfigSources) -> Result<(), DaemonError> {
         .enable_all()
         .build()
         .map_err(|source| DaemonError::Start { what: "the control plane's runtime", source })?;
-    let parts = Parts { config, sources, domain, dir, world, board, issuer, programs, maps };
+    let parts =
+        Parts { config, sources, domain, dir, world, board, trust, identity, programs, maps };
     runtime.block_on(serve(parts))
 }
 
@@ -187,13 +195,25 @@ struct Parts {
     dir: std::path::PathBuf,
     world: tokio::sync::watch::Receiver<Arc<crate::cluster::model::World>>,
     board: FilesBoard,
-    issuer: EmbeddedIssuer,
+    trust: Arc<Trust>,
+    identity: Identity,
     programs: Programs,
     maps: kernel::Maps,
 }
 
 async fn serve(parts: Parts) -> Result<(), DaemonError> {
-    let Parts { config, sources, domain, dir, world, mut board, issuer, programs, maps } = parts;
+    let Parts {
+        config,
+        sources,
+        domain,
+        dir,
+        world,
+        mut board,
+        trust,
+        mut identity,
+        programs,
+        maps,
+    } = parts;
     let started = jiff::Timestamp::now();
     let start = |what| move |source| DaemonError::Start { what, source };
     let mut terminate = signal(SignalKind::terminate()).map_err(start("the signal handler"))?;
@@ -207,11 +227,9 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
 
     let (recorder, collector) = flow::start(flow::Limits::default());
     let log = recorder.log();
-    let trust = Trust::new();
-    let bundle = issuer.bundle();
-    trust.set(domain.clone(), bundle.clone());
-    let issuer = Arc::new(issuer);
-    let svids = SvidManager::start(issuer.clone(), SvidParams::default());
+    let stop = CancellationToken::new();
+    let mut following = identity.follow(stop.clone());
+    let svids = SvidManager::start(identity.issuer.clone(), SvidParams::default());
     let opener = NetnsOpener::start().map_err(start("the network namespaces' thread"))?;
     let pins = programs.pins().to_owned();
     let flow_sockets = Arc::new(FlowSockets::open(&pins)?);
@@ -242,11 +260,11 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         workload_socket,
         WorkloadApiDeps {
             state: state.clone(),
-            trust,
+            trust: trust.clone(),
             trust_domain: domain.clone(),
             hierarchy: Hierarchy::find()?,
-            issuer,
-            jwt_issuer: None,
+            issuer: identity.issuer.clone(),
+            jwt_issuer: Some(identity.jwt_issuer.clone()),
             opener: opener.clone(),
             has_peer_pidfd: programs.features().has(features::Feature::PeerPidfd),
             limits: workload_api::Limits::default(),
@@ -261,9 +279,11 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         location: dir.display().to_string().into(),
         issuer: IssuerFacts {
             trust_domain: domain.as_str().into(),
-            name: "embedded".into(),
-            roots: bundle.expiries(),
+            name: identity.name.as_str().into(),
+            roots: Vec::new(),
         },
+        trust,
+        domain: domain.clone(),
         state: state.clone(),
         world: world.clone(),
         svids: svids.clone(),
@@ -296,7 +316,6 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         report,
     };
 
-    let stop = CancellationToken::new();
     let (event_sender, event_receiver) = mpsc::channel(EVENTS);
     let mut collector = tokio::spawn(collector.run());
     let mut reading = tokio::spawn({
@@ -339,6 +358,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
             ended = &mut forwarding => break Err(ended_as("the recorder of kernel events", joined(ended))),
             ended = &mut recording => break Err(ended_as("the recorder of closed flows", joined(ended))),
             ended = &mut collector => break Err(ended_as("the flow log", joined(ended))),
+            ended = &mut following => break Err(ended_as("the authority's follower", joined(ended))),
             () = svids.ended() => break Err(ended_as("the SVID manager", "its task is gone".into())),
             why = plane.failed() => break Err(ended_as("the data plane", why)),
         }

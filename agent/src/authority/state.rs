@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::jwt_keys::{self, StoredKey};
 use crate::{
     ca::{CaError, Root},
-    spiffe::{JwtBundle, JwtSigner, TrustDomain},
+    spiffe::{JwtBundle, JwtSigner, TrustDomain, bundle::digest_of},
 };
 
 /// The document's version that this code writes.
@@ -288,7 +288,7 @@ impl State {
         reports: impl IntoIterator<Item = (&'a String, &'a [u8; 32])>,
     ) -> Option<Self> {
         let rotation = self.rotation.as_ref().filter(|r| r.phase == Phase::Published)?;
-        let wanted = bundle_digest(&self.certificates().ok()?);
+        let wanted = digest_of(&self.certificates().ok()?);
         let new: Vec<&String> = reports
             .into_iter()
             .filter(|(node, digest)| **digest == wanted && !rotation.reported.contains(*node))
@@ -370,22 +370,6 @@ fn fingerprint(certificate: &CertificateDer<'_>) -> Fingerprint {
     digest(&SHA256, certificate).as_ref().iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// Tells bundles apart: SHA-256 over the SHA-256 digests of the roots, in ascending order.
-pub fn bundle_digest<'a>(
-    certificates: impl IntoIterator<Item = &'a CertificateDer<'static>>,
-) -> [u8; 32] {
-    let mut digests: Vec<[u8; 32]> = certificates.into_iter().map(|c| sha256(c)).collect();
-    digests.sort_unstable();
-    digests.dedup();
-    sha256(&digests.concat())
-}
-
-fn sha256(bytes: &[u8]) -> [u8; 32] {
-    let mut out = [0; 32];
-    out.copy_from_slice(digest(&SHA256, bytes).as_ref());
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use jiff::SignedDuration;
@@ -432,8 +416,8 @@ mod tests {
         // Time alone is not enough, nor are the reports alone.
         assert_eq!(published.advance(&all, PACE, after(9999)), None);
         assert_eq!(published.rotation().unwrap().laggards(&all), ["a", "b"]);
-        let digest = bundle_digest(&published.certificates().unwrap());
-        let other = bundle_digest(&first.certificates().unwrap());
+        let digest = digest_of(&published.certificates().unwrap());
+        let other = digest_of(&first.certificates().unwrap());
         let (a, b) = ("a".to_owned(), "b".to_owned());
         let one = published.note_reports([(&a, &digest), (&b, &other)]).unwrap();
         assert_eq!(one.rotation().unwrap().laggards(&all), ["b"]);
@@ -500,8 +484,8 @@ mod tests {
     fn a_digest_tells_bundles_and_not_their_order() {
         let a = State::create(&td(), now()).unwrap().certificates().unwrap().remove(0);
         let b = State::create(&td(), now()).unwrap().certificates().unwrap().remove(0);
-        assert_eq!(bundle_digest([&a, &b]), bundle_digest([&b, &a, &b]));
-        assert_ne!(bundle_digest([&a, &b]), bundle_digest([&a]));
-        assert_ne!(bundle_digest([&a]), bundle_digest([&b]));
+        assert_eq!(digest_of([&a, &b]), digest_of([&b, &a, &b]));
+        assert_ne!(digest_of([&a, &b]), digest_of([&a]));
+        assert_ne!(digest_of([&a]), digest_of([&b]));
     }
 }

@@ -244,13 +244,33 @@ keys! {
         "Directory of manifests that is followed instead of the Kubernetes API (standalone mode)."
         set(c, v) { c.cluster_dir = Some(path(v)?); }
         get(c) c.cluster_dir.iter().flat_map(|p| shown_path(p)).collect();
-    "authority" Restart false "embedded" "Who signs SVIDs."
+    "authority" Restart false "embedded|grpc"
+        "Who signs SVIDs: the agent itself, from a root on disk, or a server of Istio's CA API at \
+         caAddress (signet authority, istiod, istio-csr)."
         set(c, v) { c.authority = Authority::parse(one(v)?)?; }
         get(c) vec![c.authority.as_str().into()];
     "authorityDir" Restart false "directory"
         "Where the embedded authority keeps its root; the default is authority below stateDir."
         set(c, v) { c.authority_dir = Some(path(v)?); }
         get(c) c.authority_dir.iter().flat_map(|p| shown_path(p)).collect();
+    "caAddress" Restart false "URL" "With authority grpc: where, as https://host:15012."
+        set(c, v) { c.ca_address = Some(one(v)?.into()); }
+        get(c) shown(c.ca_address.as_slice());
+    "caServerName" Restart false "name"
+        "The name in the authority's certificate; the default is the host of caAddress."
+        set(c, v) { c.ca_server_name = Some(one(v)?.into()); }
+        get(c) shown(c.ca_server_name.as_slice());
+    "caRootFile" Restart false "file"
+        "PEM roots that the authority's certificate must lead to; read again for each connection."
+        set(c, v) { c.ca_root_file = Some(path(v)?); }
+        get(c) c.ca_root_file.iter().flat_map(|p| shown_path(p)).collect();
+    "caTokenFile" Restart false "file"
+        "The token that the agent presents to the authority; read again for each call."
+        set(c, v) { c.ca_token_file = path(v)?; }
+        get(c) shown_path(&c.ca_token_file);
+    "clusterId" Restart false "name" "Istio's name of this cluster, told to the authority."
+        set(c, v) { c.cluster_id = one(v)?.into(); }
+        get(c) vec![c.cluster_id.clone()];
     "trustDomain" Restart false "name" "The cluster's own trust domain."
         set(c, v) { c.trust_domain = trust_domain(one(v)?)?; }
         get(c) vec![c.trust_domain.clone()];

@@ -71,6 +71,8 @@ words! {
     Authority {
         /// The agent itself, from a root on disk.
         Embedded = "embedded",
+        /// A server of Istio's CA API: `signet authority`, istiod, istio-csr.
+        Grpc = "grpc",
     }
 }
 

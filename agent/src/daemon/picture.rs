@@ -17,7 +17,9 @@ use crate::{
     flow::{LostCause, Recorder},
     kernel::Counters,
     proxy::DataPlaneHandle,
+    spiffe::TrustDomain,
     svid::{SvidHandle, SvidStatus},
+    trust::Trust,
     workload_api::{WorkloadApiHandle, WorkloadKey},
 };
 
@@ -26,7 +28,10 @@ pub(super) struct Picture {
     pub(super) node: Arc<str>,
     pub(super) started: Timestamp,
     pub(super) location: Arc<str>,
+    /// Without the roots, which come and go.
     pub(super) issuer: IssuerFacts,
+    pub(super) trust: Arc<Trust>,
+    pub(super) domain: TrustDomain,
     pub(super) state: NodeStateHandle,
     pub(super) world: watch::Receiver<Arc<World>>,
     pub(super) svids: SvidHandle,
@@ -78,7 +83,10 @@ impl Picture {
                     Enforcement::Off => EnforcementState::Off,
                 },
             },
-            issuer: self.issuer.clone(),
+            issuer: IssuerFacts {
+                roots: self.trust.bundle(&self.domain).map(|b| b.expiries()).unwrap_or_default(),
+                ..self.issuer.clone()
+            },
             svids: self.svids.status().into_iter().map(svid_facts).collect(),
             workload_svids: self.workload_svids(),
             drops,

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use aws_lc_rs::digest::{SHA256, digest};
 use jiff::Timestamp;
 use rustls::pki_types::{CertificateDer, TrustAnchor, pem::PemObject};
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
@@ -99,9 +100,31 @@ impl Bundle {
         self.authorities().iter().map(|authority| authority.not_after).collect()
     }
 
+    /// Tells bundles apart: [`digest_of`] the certificates.
+    pub fn digest(&self) -> [u8; 32] {
+        digest_of(self.certificates())
+    }
+
     pub(super) fn authorities(&self) -> &[Authority] {
         &self.authorities
     }
+}
+
+/// Tells bundles apart, whatever their order: SHA-256 over the certificates' SHA-256 digests
+/// in ascending order.
+pub fn digest_of<'a>(
+    certificates: impl IntoIterator<Item = &'a CertificateDer<'static>>,
+) -> [u8; 32] {
+    let mut digests: Vec<[u8; 32]> = certificates.into_iter().map(|c| sha256(c)).collect();
+    digests.sort_unstable();
+    digests.dedup();
+    sha256(&digests.concat())
+}
+
+fn sha256(bytes: &[u8]) -> [u8; 32] {
+    let mut out = [0; 32];
+    out.copy_from_slice(digest(&SHA256, bytes).as_ref());
+    out
 }
 
 impl Authority {

@@ -40,7 +40,8 @@ pub struct SvidParams {
     pub timeout: Duration,
     /// The wait after the first failure; doubles with each further one.
     pub first_retry: Duration,
-    /// The longest wait after a failure.
+    /// The longest wait after a failure; while an SVID is still valid, a sixth of what it has
+    /// left at most.
     pub longest_retry: Duration,
     /// How long an SVID is kept after its identity was last wanted: a pod that is replaced
     /// finds it again. It is not renewed meanwhile.
@@ -309,12 +310,15 @@ impl<K: SvidKey> Keeper<K> {
             }
             Err(error) => {
                 entry.failures = entry.failures.saturating_add(1);
-                let wait = retry_after(
-                    entry.failures,
-                    self.params.first_retry,
-                    self.params.longest_retry,
-                    rand::random_range(0.0..=1.0),
-                );
+                // What is still valid is not let run out by patience: several more tries fit
+                // into the life that is left.
+                let left = entry.svid.as_ref().map(|svid| svid.not_after.duration_since(now));
+                let left = left.and_then(|left| Duration::try_from(left).ok());
+                let longest = left.map_or(self.params.longest_retry, |left| {
+                    (left / 6).max(self.params.first_retry).min(self.params.longest_retry)
+                });
+                let jitter = rand::random_range(0.0..=1.0);
+                let wait = retry_after(entry.failures, self.params.first_retry, longest, jitter);
                 entry.next_request = now.saturating_add(wait).unwrap_or(now);
                 tracing::warn!(%id, failures = entry.failures, %error, "no SVID; trying again");
                 entry.last_error = Some(error.to_string());
@@ -662,6 +666,23 @@ mod tests {
         issuer.failures.store(0, SeqCst);
         until(&handle, "second", |h| h.get(&id("a")).is_some_and(|s| !Arc::ptr_eq(&s, &first)))
             .await;
+    }
+
+    #[tokio::test]
+    async fn what_is_valid_is_tried_again_before_it_ends() {
+        let issuer = TestIssuer { ttl: Duration::from_secs(12), ..TestIssuer::new() };
+        // Half a minute after a failure would be far too late.
+        let wait = Duration::from_secs(30);
+        let params = SvidParams { longest_retry: wait, first_retry: wait / 100, ..quick() };
+        let (issuer, handle) = start(issuer, params);
+        handle.want(ids(["a"]));
+        until(&handle, "first", |h| h.get(&id("a")).is_some()).await;
+        let first = handle.get(&id("a")).unwrap();
+        issuer.failures.store(5, SeqCst);
+        until(&handle, "second", |h| h.get(&id("a")).is_some_and(|s| !Arc::ptr_eq(&s, &first)))
+            .await;
+        assert!(first.is_valid_at(Timestamp::now()), "the old one was still valid");
+        assert_eq!(issuer.requests(), 7);
     }
 
     #[tokio::test]

@@ -159,7 +159,7 @@ impl Inner {
 
     /// The JWT issuer, or that there is none.
     fn jwt(&self) -> Result<&Arc<dyn JwtIssuer>, Status> {
-        self.deps.jwt_issuer.as_ref().ok_or_else(|| {
+        self.deps.jwt_issuer.as_ref().filter(|issuer| issuer.issues_jwts()).ok_or_else(|| {
             Status::unimplemented("this node's certificate authority issues no JWT-SVIDs")
         })
     }

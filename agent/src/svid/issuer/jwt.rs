@@ -16,6 +16,11 @@ pub trait JwtIssuer: Send + Sync + 'static {
     /// The keys that verify the tokens of the authority's own trust domain, followed: a key is
     /// in it before it signs first.
     fn jwt_bundle(&self) -> watch::Receiver<Arc<JwtBundle>>;
+
+    /// False once it is known that the authority has no such thing.
+    fn issues_jwts(&self) -> bool {
+        true
+    }
 }
 
 /// What [`JwtIssuer::issue_jwt`] answers.

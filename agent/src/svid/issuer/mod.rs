@@ -7,15 +7,17 @@ use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 
 use crate::{
     ca::CaError,
-    spiffe::{SpiffeId, Svid, SvidError},
+    spiffe::{SpiffeId, Svid, SvidError, jwt::JwtSignerError},
 };
 
 pub mod embedded;
 mod jwt;
+pub mod remote;
 mod root_file;
 
 pub use embedded::EmbeddedIssuer;
 pub use jwt::{JwtFuture, JwtIssuer, JwtRequest};
+pub use remote::{RemoteConfig, RemoteError, RemoteIssuer};
 pub use root_file::RootFileError;
 
 /// An authority that certifies this node's keys. The private key stays here.
@@ -35,6 +37,12 @@ pub enum IssueError {
     /// The authority refused or failed.
     #[error("the authority did not sign: {0}")]
     Authority(#[from] CaError),
+    /// The authority that is asked over gRPC gave no SVID.
+    #[error(transparent)]
+    Remote(#[from] RemoteError),
+    /// Signing a token failed.
+    #[error(transparent)]
+    Jwt(#[from] JwtSignerError),
     /// The answer is not the SVID that was asked for.
     #[error(transparent)]
     Svid(#[from] SvidError),
@@ -85,6 +93,16 @@ impl SvidRequest {
     /// The public key, DER SubjectPublicKeyInfo.
     pub fn public_key(&self) -> Vec<u8> {
         self.key.subject_public_key_info()
+    }
+
+    /// A certificate signing request (PEM) whose only name is the identity's URI.
+    pub fn csr(&self) -> Result<String, IssueError> {
+        let failed = |_| IssueError::Key(self.id.clone());
+        let mut params = rcgen::CertificateParams::default();
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        let uri = self.id.as_str().try_into().map_err(failed)?;
+        params.subject_alt_names = vec![rcgen::SanType::URI(uri)];
+        params.serialize_request(&self.key).and_then(|csr| csr.pem()).map_err(failed)
     }
 
     /// Puts the issued chain and the key together and holds them against the request.

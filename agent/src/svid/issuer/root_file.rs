@@ -14,11 +14,13 @@ use jiff::Timestamp;
 
 use crate::{
     ca::{CaError, Root},
-    spiffe::TrustDomain,
+    spiffe::{JwtSigner, TrustDomain, jwt::JwtSignerError},
 };
 
 /// The file's name in the authority's directory.
 pub const ROOT_FILE: &str = "root.pem";
+/// The file with the key of JWT-SVIDs, PKCS #8 in PEM.
+pub const JWT_KEY_FILE: &str = "jwt-key.pem";
 /// The largest file that is read, in bytes.
 const MAX_LEN: u64 = 64 * 1024;
 
@@ -78,6 +80,16 @@ pub enum RootFileError {
         /// What is wrong.
         source: CaError,
     },
+    /// Its content is no key for JWT-SVIDs.
+    #[error(
+        "{path}: {source}; move it away and a new one is made (every token of the old one is then refused)"
+    )]
+    JwtKey {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: JwtSignerError,
+    },
     /// The file system refused.
     #[error(
         "{path}: cannot {action} ({source}); authorityDir must be a directory that the agent may write to"
@@ -129,6 +141,30 @@ pub(super) fn open_or_create(
     }
 }
 
+/// The key of JWT-SVIDs in `dir`, which is there; made when there is none.
+pub(super) fn open_or_create_jwt_key(dir: &Path) -> Result<JwtSigner, RootFileError> {
+    let path = dir.join(JWT_KEY_FILE);
+    let wrong = |source| RootFileError::JwtKey { path: path.clone(), source };
+    let parse = |content: &[u8]| {
+        let block = pem::parse(content).map_err(|_| wrong(JwtSignerError::Malformed))?;
+        JwtSigner::from_pkcs8(block.contents()).map_err(wrong)
+    };
+    if let Some(content) = read_file(&path)? {
+        return parse(&content);
+    }
+    let signer = JwtSigner::generate().map_err(wrong)?;
+    let text = pem::encode(&pem::Pem::new("PRIVATE KEY", signer.to_pkcs8().map_err(wrong)?));
+    match write_exclusively(dir, &path, text.as_bytes()) {
+        Ok(()) => Ok(signer),
+        // Another agent was first: its key is the key.
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => match read_file(&path)? {
+            Some(content) => parse(&content),
+            None => Err(io_error(&path, "read what another agent wrote", e)),
+        },
+        Err(e) => Err(io_error(&path, "write", e)),
+    }
+}
+
 fn prepare_directory(dir: &Path) -> Result<(), RootFileError> {
     DirBuilder::new()
         .recursive(true)
@@ -144,6 +180,14 @@ fn prepare_directory(dir: &Path) -> Result<(), RootFileError> {
 
 /// The root in the file, or `None` when there is no file.
 fn read(path: &Path, domain: &TrustDomain, now: Timestamp) -> Result<Option<Root>, RootFileError> {
+    let Some(pem) = read_file(path)? else { return Ok(None) };
+    Root::from_pem(&pem, domain, now)
+        .map(Some)
+        .map_err(|source| RootFileError::Invalid { path: path.into(), source })
+}
+
+/// A file of ours, whole; `None` when there is none.
+fn read_file(path: &Path) -> Result<Option<Vec<u8>>, RootFileError> {
     // O_NOFOLLOW: what is checked is what is read. O_NONBLOCK: a FIFO must not hang the start.
     let flags = (rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK).bits();
     let file = match OpenOptions::new().read(true).custom_flags(flags as i32).open(path) {
@@ -164,9 +208,7 @@ fn read(path: &Path, domain: &TrustDomain, now: Timestamp) -> Result<Option<Root
     }
     let mut pem = Vec::new();
     file.take(MAX_LEN).read_to_end(&mut pem).map_err(|e| io_error(path, "read", e))?;
-    Root::from_pem(&pem, domain, now)
-        .map(Some)
-        .map_err(|source| RootFileError::Invalid { path: path.into(), source })
+    Ok(Some(pem))
 }
 
 fn check_access(path: &Path, metadata: &fs::Metadata, remedy: u32) -> Result<(), RootFileError> {
@@ -234,6 +276,21 @@ mod tests {
         let read = open(&dir).unwrap();
         assert_eq!(made.certificate(), read.certificate());
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 1, "nothing lies beside it");
+    }
+
+    #[test]
+    fn a_jwt_key_is_made_once_then_read() {
+        let dir = directory();
+        let made = open_or_create_jwt_key(dir.path()).unwrap();
+        assert_eq!(mode(&dir.path().join(JWT_KEY_FILE)), 0o600);
+        assert_eq!(open_or_create_jwt_key(dir.path()).unwrap().kid(), made.kid());
+        set_mode(&dir.path().join(JWT_KEY_FILE), 0o640);
+        let error = open_or_create_jwt_key(dir.path()).unwrap_err();
+        assert!(matches!(error, RootFileError::Mode { .. }), "{error}");
+        set_mode(&dir.path().join(JWT_KEY_FILE), 0o600);
+        fs::write(dir.path().join(JWT_KEY_FILE), "garbage").unwrap();
+        let error = open_or_create_jwt_key(dir.path()).unwrap_err();
+        assert!(matches!(error, RootFileError::JwtKey { .. }), "{error}");
     }
 
     #[test]

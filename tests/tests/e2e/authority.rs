@@ -1,0 +1,261 @@
+//! Agents that take their SVIDs from `signet authority`: short lives under steady traffic, an
+//! authority that goes and comes back, a root that is replaced.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use signet_lab::{
+    LabOptions,
+    authority::{self, Authority, node_token},
+    eventually,
+    process::Running,
+    traffic::{Role, reports::LoadReport, roles::Load},
+};
+
+use crate::mesh::{HTTP, Mesh, TIMEOUT};
+
+/// The life of every SVID here.
+const TTL: Duration = Duration::from_secs(20);
+
+/// A mesh whose agents ask an authority that runs on node-1.
+struct Attested {
+    mesh: Mesh,
+    authority: Option<Authority>,
+    flags: Vec<String>,
+    starts: usize,
+}
+
+impl Attested {
+    /// With further service accounts on each node, and further flags of the authority.
+    fn start(accounts: usize, further: &[&str]) -> Result<Self> {
+        let mesh = Mesh::without_agents(LabOptions::default(), Some("strict"))?;
+        let lab = &mesh.lab;
+        let dir = lab.directory();
+        let tokens = dir.join("tokens");
+        for node in lab.nodes() {
+            let token = node_token(&tokens, &node.name)?;
+            std::fs::write(agent_token(dir, &node.name), token)?;
+        }
+        for i in 0..accounts {
+            let name = format!("extra-{i}");
+            lab.cluster().service_account("shop", &name)?;
+            let node = &lab.nodes()[i % lab.nodes().len()];
+            lab.pod_on(node, "shop", &name).service_account(&name).start()?;
+        }
+        let ip = lab.node("node-1")?.addresses.first();
+        let text = |path: PathBuf| path.display().to_string();
+        let mut flags: Vec<String> = [
+            ("--listen", format!("{}", std::net::SocketAddr::new(ip, 15012))),
+            ("--names", ip.to_string()),
+            ("--store-dir", text(dir.join("store"))),
+            ("--cluster-dir", text(lab.cluster().path().to_owned())),
+            ("--node-token-dir", text(tokens.clone())),
+            ("--bundle-file", text(dir.join("bundle.pem"))),
+            ("--max-ttl", "20s".into()),
+            ("--svid-ttl", "20s".into()),
+            ("--intermediate-ttl", "60s".into()),
+        ]
+        .into_iter()
+        .flat_map(|(flag, value)| [flag.to_owned(), value])
+        .collect();
+        flags.extend(further.iter().map(|f| (*f).to_owned()));
+        for agent in lab.agents() {
+            let address = format!("https://{}", std::net::SocketAddr::new(ip, 15012));
+            agent.set_flags(&[
+                "--authority",
+                "grpc",
+                "--ca-address",
+                &address,
+                "--ca-root-file",
+                &text(dir.join("bundle.pem")),
+                "--ca-token-file",
+                &text(agent_token(dir, &agent.node().name)),
+                "--svid-ttl",
+                "20s",
+                "--log-format",
+                "json",
+            ]);
+        }
+        let mut attested = Self { mesh, authority: None, flags, starts: 0 };
+        attested.start_authority()?;
+        attested.mesh.lab.start_agents()?;
+        for pod in attested.mesh.lab.pods() {
+            let state = if pod.namespace() == "shop" { "served" } else { "off" };
+            attested.mesh.lab.wait_state(&pod, state)?;
+        }
+        Ok(attested)
+    }
+
+    fn start_authority(&mut self) -> Result<()> {
+        self.starts += 1;
+        let name = format!("authority-{}", self.starts);
+        let lab = &self.mesh.lab;
+        let place = lab.node("node-1")?.system_place();
+        let logs = lab.directory().join("logs");
+        self.authority = Some(Authority::start(&name, &logs, Some(&place), &self.flags)?);
+        Ok(())
+    }
+
+    /// `kill -9`.
+    fn kill_authority(&mut self) {
+        self.authority = None;
+    }
+
+    fn load(&self) -> Result<Running> {
+        let load = Load {
+            to: self.mesh.payments.at(HTTP),
+            path: "/marker-5c1d".into(),
+            interval_ms: 20,
+            parallel: 2,
+            ..Load::default()
+        };
+        let running = self.mesh.frontend.start(&Role::Load(load))?;
+        running.wait_event("change", TIMEOUT)?;
+        Ok(running)
+    }
+
+    /// (identity, when obtained, when it ends) of every SVID that an agent got, in order.
+    fn obtained(&self) -> Result<Vec<(String, jiff::Timestamp, jiff::Timestamp)>> {
+        let mut all = Vec::new();
+        for agent in self.mesh.lab.agents() {
+            for line in agent.logged().lines() {
+                let Ok(line) = serde_json::from_str::<Value>(line) else { continue };
+                if line["message"] != "SVID obtained" {
+                    continue;
+                }
+                let text = |field: &str| {
+                    line[field].as_str().with_context(|| format!("{field} in {line}"))
+                };
+                let id = format!("{} {}", agent.node().name, text("id")?);
+                all.push((id, text("timestamp")?.parse()?, text("not_after")?.parse()?));
+            }
+        }
+        Ok(all)
+    }
+}
+
+/// The file with the token that a node's agent presents.
+fn agent_token(dir: &Path, node: &str) -> PathBuf {
+    dir.join(format!("agent-token-{node}"))
+}
+
+/// Every request was answered, and there were some.
+fn all_answered(report: &LoadReport) -> Result<()> {
+    ensure!(report.total() > 100 && report.answered() == report.total(), "{report:?}");
+    Ok(())
+}
+
+#[test]
+fn short_lives_under_traffic_an_authority_away_and_back() -> Result<()> {
+    let mut attested = Attested::start(20, &[])?;
+    // Three lives, and a pause of the authority that is shorter than what is left at half-life.
+    let mut load = attested.load()?;
+    thread::sleep(Duration::from_secs(25));
+    let before = attested.obtained()?;
+    attested.kill_authority();
+    thread::sleep(Duration::from_secs(4));
+    attested.start_authority()?;
+    thread::sleep(Duration::from_secs(20));
+    let report: LoadReport = load.finish_and_report(TIMEOUT)?;
+    all_answered(&report)?;
+
+    // While the authority was there, nothing was renewed after 75 % of its life.
+    let mut last: BTreeMap<String, jiff::Timestamp> = BTreeMap::new();
+    let mut renewals = 0;
+    for (id, at, not_after) in before {
+        if let Some(end) = last.insert(id.clone(), not_after) {
+            renewals += 1;
+            let left = end.duration_since(at).as_secs_f64();
+            ensure!(left >= TTL.as_secs_f64() * 0.25, "{id}: renewed {left} s before its end");
+        }
+    }
+    ensure!(renewals >= 24, "renewals were seen: {renewals}");
+
+    // Past the end: refused, with the reason; then it heals by itself.
+    attested.kill_authority();
+    thread::sleep(TTL + Duration::from_secs(3));
+    let payments = attested.mesh.payments.clone();
+    let refused = attested.mesh.frontend.curl(&payments.url(HTTP, "/marker-5c1d"))?;
+    ensure!(refused.code() != 0, "no SVID is valid: {}", refused.stdout);
+    attested.mesh.lab.agent("node-1")?.wait_flow(
+        "a refusal with its reason",
+        &["--verdict", "dropped"],
+        |flow| flow.is("DROPPED", "svid_expired"),
+    )?;
+    attested.start_authority()?;
+    eventually("it heals", Duration::from_secs(45), || {
+        let answer = attested.mesh.frontend.curl(&payments.url(HTTP, "/marker-5c1d"))?;
+        Ok((answer.code() == 0).then_some(()))
+    })
+    .with_context(|| attested.mesh.logs())?;
+    Ok(())
+}
+
+#[test]
+fn a_root_is_replaced_under_traffic_and_interrupted_at_each_step() -> Result<()> {
+    let mut attested = Attested::start(2, &["--refresh-hint", "2s"])?;
+    let dir = attested.mesh.lab.directory().to_owned();
+    let bundle = || std::fs::read_to_string(dir.join("bundle.pem"));
+    let roots = |text: &str| text.matches("BEGIN CERTIFICATE").count();
+    let old = bundle()?;
+    ensure!(roots(&old) == 1);
+    let mut load = attested.load()?;
+
+    // A node whose agent does not report holds the rotation up, and is named.
+    let token_file = agent_token(&dir, "node-2");
+    let token = std::fs::read_to_string(&token_file)?;
+    std::fs::write(&token_file, "x".repeat(40))?;
+    let mut arguments: Vec<String> = vec!["rotate-root".into()];
+    arguments.extend(attested.flags.iter().cloned());
+    let rotate = |timeout: &str| {
+        let mut arguments = arguments.clone();
+        arguments.extend(["--timeout".into(), timeout.into()]);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        authority::command(&arguments)
+    };
+    let waiting = rotate("6s")?;
+    std::fs::write(&token_file, token)?;
+    ensure!(
+        waiting.code() == 1 && waiting.stderr.contains("node-2"),
+        "{} {}",
+        waiting.stdout,
+        waiting.stderr
+    );
+    // Interrupted while the new root is published …
+    attested.kill_authority();
+    attested.start_authority()?;
+    let both = eventually("both roots are published", TIMEOUT, || {
+        Ok(Some(bundle()?).filter(|text| roots(text) == 2))
+    })?;
+    ensure!(both.contains(old.trim()));
+    eventually("the new root signs", TIMEOUT, || {
+        let answer = rotate("0s")?;
+        Ok(answer.stdout.contains("signing:").then_some(()))
+    })?;
+    // … and while it signs.
+    attested.kill_authority();
+    attested.start_authority()?;
+    let begin = Instant::now();
+    let done = rotate("90s")?;
+    ensure!(done.code() == 0, "{} {}", done.stdout, done.stderr);
+    let new = eventually("the old root is gone", TIMEOUT, || {
+        Ok(Some(bundle()?).filter(|text| roots(text) == 1))
+    })?;
+    ensure!(new != old, "another root");
+    // Long enough for the agents to follow: their bundle has one root again.
+    for agent in attested.mesh.lab.agents() {
+        eventually("the agent has the new bundle alone", TIMEOUT, || {
+            let status = agent.status()?;
+            Ok((status["identity"]["roots"] == 1).then_some(()))
+        })?;
+    }
+    let report: LoadReport = load.finish_and_report(TIMEOUT)?;
+    all_answered(&report).with_context(|| format!("after {:?}", begin.elapsed()))?;
+    Ok(())
+}
