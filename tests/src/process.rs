@@ -318,6 +318,12 @@ pub fn signet_binary() -> Result<PathBuf> {
     binary("SIGNET_BIN", "signet")
 }
 
+/// The workload that uses others' SPIFFE libraries: `SIGNET_LAB_SPIFFE`, or beside this
+/// executable.
+pub fn spiffe_binary() -> Result<PathBuf> {
+    binary("SIGNET_LAB_SPIFFE", "signet-lab-spiffe")
+}
+
 fn binary(variable: &str, name: &str) -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(variable) {
         let path = PathBuf::from(path);

@@ -11,6 +11,7 @@ mod ebpf;
 mod failure;
 mod fuzz;
 mod setup;
+mod spiffe_python;
 mod test;
 mod toolchain;
 mod workspace;
@@ -71,7 +72,11 @@ fn main() -> ExitCode {
 fn run(chore: Chore) -> anyhow::Result<()> {
     let workspace = Workspace::find()?;
     match chore {
-        Chore::Setup => setup::run(&workspace).map(drop),
+        Chore::Setup => {
+            setup::run(&workspace)?;
+            spiffe_python::install(&workspace);
+            Ok(())
+        }
         Chore::Build { release } => {
             setup::run(&workspace)?;
             let mut build = workspace.cargo();

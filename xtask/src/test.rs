@@ -13,7 +13,9 @@ use std::{
 
 use anyhow::{Context as _, bail};
 
-use crate::{command, failure::Failure, fuzz, setup, toolchain, workspace::Workspace};
+use crate::{
+    command, failure::Failure, fuzz, setup, spiffe_python, toolchain, workspace::Workspace,
+};
 
 /// Connections of the storm under `--soak` (60,000 without).
 const SOAK_STORM: &str = "300000";
@@ -118,6 +120,9 @@ pub fn run(workspace: &Workspace, selection: &Selection) -> anyhow::Result<()> {
         ));
     }
     setup::run(workspace)?;
+    if !selection.unit {
+        spiffe_python::install(workspace);
+    }
     // The lab runs the binaries, so they must be there before its tests are.
     command::run(workspace.cargo().args(["build", "--workspace", "--bins"]))?;
     command::run(workspace.cargo().args(["test", "--workspace", "--no-run"]))?;
@@ -176,6 +181,10 @@ fn end_to_end(
         .arg(format!("--test-threads={}", selection.threads))
         .args(&selection.filter)
         .envs(variant.environment().iter().copied());
+    // Those that need other people's Python packages are ignored where there are none.
+    if let Some(python) = spiffe_python::find(workspace) {
+        cargo.arg("--include-ignored").env(spiffe_python::VARIABLE, python);
+    }
     if selection.soak {
         cargo.env("SIGNET_LAB_STORM", SOAK_STORM);
     } else if variant != Variant::Dual && selection.filter.is_none() {

@@ -20,10 +20,14 @@ use tonic::transport::server::Connected;
 use super::{
     WorkloadKey,
     attest::{Caller, Method},
+    authority::AuthorityFilter,
 };
 
 /// A wait after an error of `accept`, above all of too many open files.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// Bytes that are read at once: requests are small.
+const READ: usize = 4096;
 
 /// What is counted together.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -79,6 +83,9 @@ impl fmt::Debug for Slot {
 #[derive(Debug)]
 pub struct Connection {
     stream: UnixStream,
+    filter: AuthorityFilter,
+    /// Bytes that came and have passed the filter.
+    ready: Vec<u8>,
     caller: Arc<Caller>,
     _slot: Slot,
 }
@@ -126,7 +133,13 @@ impl<F: FnMut(&Caller) -> Option<Slot>> Reception<F> {
             tracing::debug!(?caller, "too many connections to the Workload API: closed");
             return None;
         };
-        Some(Connection { stream, caller, _slot: slot })
+        Some(Connection {
+            stream,
+            filter: AuthorityFilter::new(),
+            ready: Vec::new(),
+            caller,
+            _slot: slot,
+        })
     }
 }
 
@@ -144,7 +157,26 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        let this = &mut *self;
+        while this.ready.is_empty() {
+            let mut came = [0; READ];
+            let mut came = ReadBuf::new(&mut came);
+            match Pin::new(&mut this.stream).poll_read(cx, &mut came) {
+                Poll::Ready(Ok(())) => {}
+                other => return other,
+            }
+            if came.filled().is_empty() {
+                this.filter.end(&mut this.ready);
+                if this.ready.is_empty() {
+                    return Poll::Ready(Ok(()));
+                }
+            }
+            this.filter.feed(came.filled(), &mut this.ready);
+        }
+        let len = this.ready.len().min(buf.remaining());
+        buf.put_slice(&this.ready[..len]);
+        this.ready.drain(..len);
+        Poll::Ready(Ok(()))
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod answers;
 mod attest;
+mod authority;
 mod connections;
 mod counters;
 mod keeper;

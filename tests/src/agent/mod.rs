@@ -83,6 +83,11 @@ impl Agent {
         self.node.run_dir.join("admin/agent.sock")
     }
 
+    /// The socket of the SPIFFE Workload API.
+    pub fn workload_socket(&self) -> PathBuf {
+        self.node.run_dir.join("workload/workload.sock")
+    }
+
     /// Replaces the further flags for the next start.
     pub fn set_flags(&self, flags: &[&str]) {
         *lock(&self.flags) = flags.iter().map(|f| (*f).to_owned()).collect();

@@ -12,5 +12,6 @@ mod foreign;
 mod hostile;
 mod limits;
 mod mesh;
+mod spiffe_clients;
 mod storm;
 mod transfer;
