@@ -41,8 +41,8 @@ pub struct TunnelKey {
     /// The destination pod: one that gets the address of another, even under the same
     /// identity, does not get its connections, which nobody answers any more.
     pub pod: Option<PodUid>,
-    /// The only identity that the destination may prove.
-    pub expected: SpiffeId,
+    /// The only identities that the destination may prove.
+    pub expected: Arc<[SpiffeId]>,
 }
 
 /// Why there is no tunnel.
@@ -167,20 +167,29 @@ async fn attempt(
     let tls_error = |source| DialError::Tls { destination, source };
     let tls = plane.certificates.client(&svid, &plane.trust).map_err(tls_error)?;
     let tcp = connect(plane, served, key.source_ip, destination).await?;
-    let expected = std::slice::from_ref(&key.expected);
-    let (stream, peer) = tls.connect(tcp, expected).await.map_err(tls_error)?;
+    let (stream, peer) = tls.connect(tcp, &key.expected).await.map_err(tls_error)?;
     // The generation that verified it: a change during the handshake makes it stale.
     let stamp = Stamp { trust: peer.bundle_generation, ..plane.stamp(&svid) };
     let (client, driver) = client::handshake(stream, plane.config.hbone)
         .await
         .map_err(|source| DialError::Hbone { destination, source })?;
-    let cut = served.cut.clone();
+    let (cut, ender, trust) = (served.cut.clone(), client.ender(), plane.trust.clone());
+    let not_after = svid.not_after.min(peer.not_after);
     tracker.spawn(async move {
-        if let Err(error) = driver.run(cut).await {
-            tracing::debug!(%destination, kind = error.kind(), error = %error, "tunnel ended");
+        tokio::select! {
+            ended = driver.run(cut) => {
+                if let Err(error) = ended {
+                    tracing::debug!(%destination, kind = error.kind(), %error, "tunnel ended");
+                }
+            }
+            // Dropping the driver resets every flow of the connection.
+            error = peer.distrusted(&trust) => {
+                tracing::info!(%destination, peer = %peer.id, %error, "tunnel cut");
+                ender.end(error.reason());
+            }
         }
     });
-    Ok(Dialled { client, stamp, deadline: deadline(svid.not_after.min(peer.not_after)) })
+    Ok(Dialled { client, stamp, deadline: deadline(not_after) })
 }
 
 /// A TCP connection from the pod's own namespace and address.

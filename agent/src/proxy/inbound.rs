@@ -2,12 +2,13 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::Instant,
 };
 
 use signet_ebpf::abi::{Direction, Reason, TUNNEL_PORT};
 use tokio::{net::TcpStream, time::sleep_until};
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{
@@ -86,7 +87,7 @@ enum Refused {
     Limit(u32),
     #[error("a certificate of the connection ran out while it was open")]
     Expired,
-    #[error("the peer's trust domain is not trusted any more")]
+    #[error("the peer's certificate is not trusted any more")]
     Untrusted,
     #[error("the agent or the endpoint is draining")]
     Draining,
@@ -134,6 +135,10 @@ struct Tunnel {
     certified: PeerSvid,
     /// The earlier end of both certificates.
     until: Instant,
+    /// Everything of the connection ends now.
+    cut: CancellationToken,
+    /// Why, if it was this side.
+    cut_for: OnceLock<Reason>,
 }
 
 /// Serves one connection to an endpoint's tunnel port to its end.
@@ -205,9 +210,10 @@ async fn accept(
     let until = expiry(&svid, &certified);
     let verified_under = certified.bundle_generation;
     let control = Control { drain: served.drain.child_token(), cut: served.cut.child_token() };
-    let drain = control.drain.clone();
+    let (drain, cut) = (control.drain.clone(), control.cut.clone());
     let (tracker, settings) = (core.tracker.clone(), plane.config.hbone);
-    let tunnel = Arc::new(Tunnel { core, served, peer, local, certified, until });
+    let cut_for = OnceLock::new();
+    let tunnel = Arc::new(Tunnel { core, served, peer, local, certified, until, cut, cut_for });
     let serving = serve_http2(stream, settings, control, |incoming| {
         let tunnel = tunnel.clone();
         let id = incoming_id(&incoming);
@@ -227,6 +233,13 @@ async fn accept(
     tokio::select! {
         ended = serving => Ok(ended?),
         () = retire => Ok(()),
+        error = tunnel.certified.distrusted(&plane.trust) => {
+            tracing::info!(%peer, id = %tunnel.certified.id, %error, "tunnel cut");
+            // The reason first: its flows look for it when they are told.
+            let _ = tunnel.cut_for.set(error.reason());
+            tunnel.cut.cancel();
+            Ok(())
+        }
     }
 }
 
@@ -247,7 +260,7 @@ impl Tunnel {
         let id = plane.flow_ids.admit(offered);
         let limit = plane.limits.load().open_flows;
         let place = self.served.flow(limit);
-        let registration = self.core.open_flows.register(self.served.key.clone(), &self.served.cut);
+        let registration = self.core.open_flows.register(self.served.key.clone(), &self.cut);
         let state = plane.state.current();
         let client = self.client(&incoming);
         let asked = incoming.head.as_ref().map_or(self.local, |open| open.destination);
@@ -304,11 +317,14 @@ impl Tunnel {
         };
         match copy::tunnel(app, stream, &counts, stop).await {
             Ok(()) => records.ended(&counts, Reason::Allowed, None),
-            Err(CopyError::Stopped) => {
-                let reason = registration.close_reason().unwrap_or(Reason::Internal);
-                records.ended(&counts, reason, None);
-            }
-            Err(error) => records.ended(&counts, Reason::Allowed, Some(error.broken_by())),
+            Err(error) => match (self.cut_for.get(), error) {
+                (Some(reason), _) => records.ended(&counts, *reason, None),
+                (None, CopyError::Stopped) => {
+                    let reason = registration.close_reason().unwrap_or(Reason::Internal);
+                    records.ended(&counts, reason, None);
+                }
+                (None, error) => records.ended(&counts, Reason::Allowed, Some(error.broken_by())),
+            },
         }
     }
 
@@ -341,7 +357,9 @@ impl Tunnel {
         if Instant::now() >= self.until {
             return Err(Refused::Expired);
         }
-        if plane.trust.bundle(&self.certified.id.trust_domain()).is_none() {
+        if plane.trust.generation() != self.certified.bundle_generation
+            && self.certified.verify_again(&plane.trust, jiff::Timestamp::now()).is_err()
+        {
             return Err(Refused::Untrusted);
         }
         loop {

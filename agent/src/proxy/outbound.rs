@@ -159,9 +159,11 @@ pub async fn serve(core: Arc<Core>, served: Arc<Served>, app: TcpStream) {
     let stop = async {
         flow.registration.closed().await;
     };
-    let result = match onward {
-        Onward::Tunnel(stream, _permit) => copy::tunnel(app, stream, &counts, stop).await,
-        Onward::Direct(server) => copy::direct(app, server, &counts, stop).await,
+    let (result, ended_by) = match onward {
+        Onward::Tunnel(stream, permit) => {
+            (copy::tunnel(app, stream, &counts, stop).await, permit.ended_by())
+        }
+        Onward::Direct(server) => (copy::direct(app, server, &counts, stop).await, None),
     };
     match result {
         Ok(()) => records.ended(&counts, Reason::Allowed, None),
@@ -169,7 +171,10 @@ pub async fn serve(core: Arc<Core>, served: Arc<Served>, app: TcpStream) {
             let reason = flow.registration.close_reason().unwrap_or(Reason::Internal);
             records.ended(&counts, reason, None);
         }
-        Err(error) => records.ended(&counts, Reason::Allowed, Some(error.broken_by())),
+        Err(error) => match ended_by {
+            Some(reason) => records.ended(&counts, reason, None),
+            None => records.ended(&counts, Reason::Allowed, Some(error.broken_by())),
+        },
     }
 }
 
@@ -284,7 +289,7 @@ impl Outbound<'_> {
     async fn establish(&self, admitted: &Admitted) -> Result<Onward, Refused> {
         let plane = &self.core.plane;
         let expected = match &admitted.route.path {
-            Path::Tunnel(identity) => identity.clone(),
+            Path::Tunnel(identity) => [identity.clone()].into(),
             Path::Direct(_) => {
                 let destination = admitted.route.destination;
                 let server =

@@ -86,6 +86,42 @@ pub struct PeerSvid {
     pub not_after: Timestamp,
     /// [`Trust::generation`] under which it was verified: after a change, no new flow.
     pub bundle_generation: u64,
+    /// As it was presented, leaf first, to be verified again when a bundle changes.
+    chain: Arc<[CertificateDer<'static>]>,
+    role: PeerRole,
+}
+
+impl PeerSvid {
+    /// Verifies the same chain under the bundles as they are now.
+    ///
+    /// # Errors
+    /// Why it would not be taken any more.
+    pub fn verify_again(&self, trust: &Trust, now: Timestamp) -> Result<(), ValidationError> {
+        let (leaf, intermediates) = self.chain.split_first().ok_or_else(|| {
+            // Never: a session whose peer showed no certificate does not exist.
+            ValidationError::UntrustedDomain(self.id.clone())
+        })?;
+        validate(leaf, intermediates, |domain| trust.bundle(domain), self.role, now).map(drop)
+    }
+
+    /// Waits until a bundle changes so that the peer would not be taken any more.
+    pub async fn distrusted(&self, trust: &Trust) -> ValidationError {
+        let mut changes = trust.subscribe();
+        let mut seen = self.bundle_generation;
+        loop {
+            let changed = changes.wait_for(|&now| now != seen).await.map(|now| *now);
+            let Ok(generation) = changed else {
+                // Trust is gone, with the whole agent.
+                return std::future::pending().await;
+            };
+            seen = generation;
+            match self.verify_again(trust, Timestamp::now()) {
+                // Out of its time, it takes no new flow; that is no reason to end those open.
+                Ok(()) | Err(ValidationError::Expired { .. }) => {}
+                Err(error) => return error,
+            }
+        }
+    }
 }
 
 /// Why there is no session with the peer.
@@ -465,7 +501,14 @@ impl PeerVerifier {
         {
             return Err(TlsError::IdentityMismatch { found: peer.id, expected: expected.clone() });
         }
-        Ok(PeerSvid { id: peer.id, not_after: peer.not_after, bundle_generation })
+        let chain = std::iter::once(leaf).chain(intermediates).map(|c| c.clone().into_owned());
+        Ok(PeerSvid {
+            id: peer.id,
+            not_after: peer.not_after,
+            bundle_generation,
+            chain: chain.collect(),
+            role,
+        })
     }
 }
 

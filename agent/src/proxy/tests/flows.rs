@@ -15,13 +15,13 @@ use tokio::{
 };
 
 use super::{
-    APP_PORT, Authority, CLIENT_IP, Net, Node, OTHER_IP, SERVER_IP, Setup, address, allow, dropped,
-    eventually, forwarded, identity, ip, limits, pod, world,
+    APP_PORT, Authority, CLIENT_IP, Net, Node, OTHER_IP, SERVER_IP, Setup, address, allow, domain,
+    dropped, eventually, forwarded, identity, ip, limits, pod, world,
 };
 use crate::{
     config::Limits,
     endpoint::sockets::ListenerCommand,
-    flow::{FlowEvent, KnownBy, Reporter, Via},
+    flow::{FlowEvent, FlowRecord, KnownBy, Reporter, Via},
     kernel::Confirm,
     proxy::DataPlaneConfig,
     tunnel::copy::reset_on_close,
@@ -526,6 +526,34 @@ async fn a_peer_that_says_goodbye_while_flows_are_open_gets_a_new_connection() {
     assert_eq!(pair.client.plane.stats().dialled, 2, "one more, and it is shared again");
     client.write_all(b"?").await.unwrap();
     timeout(PROMPTLY, server.read_exact(&mut [0])).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_bundle_that_is_withdrawn_ends_the_flows_of_its_domain() {
+    for at_server in [true, false] {
+        let pair = Pair::with(|config| config.cores = 1).await;
+        let listener = pair.listen().await;
+        let (mut client, mut server) = pair.flow(&listener).await;
+        let node = if at_server { &pair.server } else { &pair.client };
+        // The control: a further root changes nothing for those who are still trusted.
+        let elsewhere = crate::spiffe::TrustDomain::parse("other.test").unwrap();
+        node.trust.set(elsewhere, Authority::new().issuer.bundle());
+        sleep(Duration::from_millis(100)).await;
+        client.write_all(b"?").await.unwrap();
+        timeout(PROMPTLY, server.read_exact(&mut [0])).await.unwrap().unwrap();
+
+        node.trust.set(domain(), Authority::new().issuer.bundle());
+        assert!(is_reset(&mut client).await && is_reset(&mut server).await);
+        eventually("the end says why", || {
+            let ended = |r: &FlowRecord| {
+                matches!(r.event, FlowEvent::End { .. }) && r.reason == Reason::UntrustedPeer
+            };
+            node.records().iter().any(|r| ended(r))
+        })
+        .await;
+        let mut late = pair.client.dial(&pair.net, pair.app()).await;
+        assert!(is_reset(&mut late).await, "nor is a new one let through");
+    }
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
@@ -45,11 +45,32 @@ struct State {
     closed: AtomicBool,
     /// Takes no new stream: the peer has said goodbye, or it broke.
     retired: AtomicBool,
+    /// Why this side ended the connection, if it did.
+    ended: OnceLock<Reason>,
 }
 
 /// The right to one stream, held while its flow lives.
 #[derive(Debug)]
 pub struct Permit(Arc<State>);
+
+impl Permit {
+    /// Why this side ended the whole connection, if it did.
+    pub fn ended_by(&self) -> Option<Reason> {
+        self.0.ended.get().copied()
+    }
+}
+
+/// Says why a connection is ended, to those whose flows it carries.
+#[derive(Clone, Debug)]
+pub struct Ender(Arc<State>);
+
+impl Ender {
+    /// To be called before the connection's driver is dropped; the first reason counts.
+    pub fn end(&self, reason: Reason) {
+        self.0.retired.store(true, Ordering::Release);
+        let _ = self.0.ended.set(reason);
+    }
+}
 
 impl Drop for Permit {
     fn drop(&mut self) {
@@ -137,6 +158,7 @@ where
         idle_since: AtomicU64::new(0),
         closed: AtomicBool::new(false),
         retired: AtomicBool::new(false),
+        ended: OnceLock::new(),
     });
     let client = Client { send, state: state.clone(), settings };
     Ok((client, Driver { connection, state, settings }))
@@ -190,6 +212,11 @@ impl Client {
     /// peer refuses new ones (its GOAWAY) while old ones keep it alive.
     pub fn retire(&self) {
         self.state.retired.store(true, Ordering::Release);
+    }
+
+    /// For whoever may end the connection.
+    pub fn ender(&self) -> Ender {
+        Ender(self.state.clone())
     }
 
     /// True when it gives out no stream any more.
