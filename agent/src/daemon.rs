@@ -18,7 +18,7 @@ use crate::{
     cluster::{
         enrolment::{BoardError, FilesBoard},
         files::{FilesError, FilesParams, FilesSource},
-        model::Ranges,
+        model::{Ranges, World},
     },
     config::{
         AgentConfig, ConfigError, ConfigSources, Loaded, values::LogFormat, watch::FileChanges,
@@ -42,7 +42,7 @@ use crate::{
         issuer::{RemoteError, RootFileError},
     },
     telemetry::logging::{self, LogError},
-    trust::Trust,
+    trust::{Trust, follow},
     workload_api::{self, WorkloadApi, WorkloadApiDeps},
 };
 
@@ -193,7 +193,7 @@ struct Parts {
     sources: ConfigSources,
     domain: TrustDomain,
     dir: std::path::PathBuf,
-    world: tokio::sync::watch::Receiver<Arc<crate::cluster::model::World>>,
+    world: watch::Receiver<Arc<World>>,
     board: FilesBoard,
     trust: Arc<Trust>,
     identity: Identity,
@@ -271,6 +271,8 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         },
         SvidParams::default(),
     );
+    let (federation_failures, foreign_bundles) = watch::channel(follow::Failures::new());
+    let mut federating = tokio::spawn(federate(world.clone(), trust.clone(), federation_failures));
     let (report, kernel_report) = watch::channel(reconcile::KernelReport::default());
     let (config_changes, live_config) = watch::channel(Arc::new(config.clone()));
     let picture = Picture {
@@ -293,6 +295,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         config: live_config.clone(),
         losses: losses.clone(),
         workloads,
+        foreign_bundles,
         newest: Newest::new(started),
     };
     let counted = plane.clone();
@@ -356,6 +359,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
             ended = &mut serving_workloads => break Err(ended_as("the Workload API", flatten(ended))),
             ended = &mut reading => break Err(ended_as("the reader of kernel events", flatten(ended))),
             ended = &mut forwarding => break Err(ended_as("the recorder of kernel events", joined(ended))),
+            ended = &mut federating => break Err(ended_as("the follower of foreign bundles", joined(ended))),
             ended = &mut recording => break Err(ended_as("the recorder of closed flows", joined(ended))),
             ended = &mut collector => break Err(ended_as("the flow log", joined(ended))),
             ended = &mut following => break Err(ended_as("the authority's follower", joined(ended))),
@@ -391,6 +395,29 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         let _ = tokio::time::timeout(DRAIN, &mut serving_workloads).await;
     }
     result
+}
+
+/// Follows the foreign bundles that the world names, until the world ends.
+async fn federate(
+    mut world: watch::Receiver<Arc<World>>,
+    trust: Arc<Trust>,
+    failures: watch::Sender<follow::Failures>,
+) {
+    let (sender, federation) = watch::channel(world.borrow_and_update().federation.clone());
+    let telling = async {
+        while world.changed().await.is_ok() {
+            let newer = world.borrow_and_update().federation.clone();
+            sender.send_if_modified(|old| {
+                let changed = *old != newer;
+                *old = newer;
+                changed
+            });
+        }
+    };
+    tokio::select! {
+        () = telling => {}
+        () = follow::run(trust, federation, failures) => {}
+    }
 }
 
 /// Reads the configuration again; only its live keys take effect.

@@ -327,6 +327,8 @@ pub mod range {
     pub const SERVICES: u32 = 2;
     /// Explicitly outside the mesh.
     pub const OUTSIDE: u32 = 3;
+    /// Peers of a federated trust domain: dialled through tunnels.
+    pub const REMOTE: u32 = 4;
 }
 
 /// What to do with a pod that is not registered (DESIGN §5).

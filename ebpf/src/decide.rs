@@ -239,6 +239,21 @@ fn service_at<M: PolicyMaps>(maps: &M, flow: &Flow, peer: &AddressEntry) -> u32 
     }
 }
 
+/// Not a kind of range that any map holds: no range holds the address.
+const NO_RANGE: u32 = 0;
+
+/// The kind of the range that an unknown address lies in.
+#[inline(always)]
+fn range_at<M: PolicyMaps>(maps: &M, flow: &Flow, peer: &AddressEntry) -> u32 {
+    if peer.kind != UNKNOWN_ADDRESS {
+        return NO_RANGE;
+    }
+    match maps.range(flow.remote) {
+        Some(kind) => kind,
+        None => NO_RANGE,
+    }
+}
+
 /// Neither TCP nor UDP: `otherProtocols` says, for all of them; packets that pass are not
 /// reported one by one.
 #[inline(always)]
@@ -313,11 +328,13 @@ pub fn decide_egress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
     let service = service_at(maps, flow, &peer);
     // A DENY that an address satisfies is answered here; an ALLOW that misses may still
     // be satisfied by the handshake, so the tunnel's proxy answers that. Of a Service whose
-    // endpoints are tunnelled nothing is known yet, neither the identity nor the port: the
-    // proxy judges the endpoint that it chose.
+    // endpoints are tunnelled nothing is known yet, neither the identity nor the port, and
+    // of a remote peer not the identity: the proxy judges whom it chose.
     let denied = reason as u16 == Reason::PolicyDeny as u16
         || reason as u16 == Reason::PolicyUnsupported as u16;
-    if denied && (service & service::TUNNEL == 0 || nested) {
+    let range = range_at(maps, flow, &peer);
+    let chosen_later = service & service::TUNNEL != 0 || range == range::REMOTE;
+    if denied && (!chosen_later || nested) {
         return conclude(entry, config, identity, reason, EPERM, policy);
     }
     let mut tunnel = false;
@@ -337,11 +354,13 @@ pub fn decide_egress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
         } else {
             tunnel = service & service::TUNNEL != 0;
         }
+    } else if range == range::REMOTE {
+        tunnel = true;
     } else if peer.kind == UNKNOWN_ADDRESS && (strict || observing) {
-        let within = match maps.range(flow.remote) {
-            Some(kind) => kind != range::OUTSIDE,
+        let within = match range {
             // No ranges known: nothing can be told apart, and strict refuses.
-            None => config.ranges_known == 0,
+            NO_RANGE => config.ranges_known == 0,
+            kind => kind != range::OUTSIDE,
         };
         if within {
             refusal = Reason::IdentityUnknown;

@@ -232,6 +232,29 @@ fn services_follow_their_endpoints() {
 }
 
 #[test]
+fn remote_peers_are_tunnelled_and_judged_by_the_proxy() {
+    let remote = OUTSIDE();
+    let mut maps = world(Mode::Strict);
+    passes(dial(&maps, remote));
+    maps.ranges.push((v4(192, 0, 2, 0), 96 + 24, range::REMOTE));
+    for mode in [Mode::Permissive, Mode::Strict] {
+        maps.pods.get_mut(&POD).unwrap().mode = mode as u8;
+        assert_eq!(dial(&maps, remote).action, Action::Tunnel);
+    }
+    passes(decide_egress(&maps, &flow(remote, 8080, proto::UDP)));
+    rule(&mut maps, Direction::Egress, known::ADDRESS, proto::TCP, Reason::PolicyDeny);
+    assert_eq!(dial(&maps, remote).action, Action::Tunnel, "its identity is not known yet");
+    // A pod's own address is that pod's, whatever the range says.
+    maps.policy.clear();
+    let pod = AddressEntry { kind: address::POD, ..AddressEntry::default() };
+    maps.addresses.insert(remote, pod);
+    passes(dial(&maps, remote));
+    maps.addresses.clear();
+    maps.pods.get_mut(&POD).unwrap().mode = Mode::Observe as u8;
+    passes(dial(&maps, remote));
+}
+
+#[test]
 fn a_pod_without_svid_or_room_is_closed() {
     let mut maps = world(Mode::Strict);
     maps.pods.get_mut(&POD).unwrap().flags = 0;

@@ -142,6 +142,11 @@ pub fn pod_ranges(family: Family) -> Vec<String> {
     ranges(family, "10.244.0.0/16", "fd00:244::/48")
 }
 
+/// The pods' ranges of one node.
+pub fn pod_ranges_of(family: Family, node: u8) -> Vec<String> {
+    ranges(family, &format!("10.244.{node}.0/24"), &format!("fd00:244:0:{node:x}::/64"))
+}
+
 /// The services' ranges.
 pub fn service_ranges(family: Family) -> Vec<String> {
     ranges(family, "10.96.0.0/16", "fd00:96::/64")

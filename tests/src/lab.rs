@@ -35,6 +35,8 @@ pub struct Lab {
     directory: PathBuf,
     family: Family,
     cluster: Arc<ClusterDir>,
+    /// Of the last node, when that is a cluster of its own.
+    second: Option<Arc<ClusterDir>>,
     switch: Switch,
     nodes: Vec<Arc<Node>>,
     agents: Vec<Agent>,
@@ -59,6 +61,9 @@ pub struct LabOptions {
     pub agent_env: Vec<(String, String)>,
     /// Whether `ranges.yaml` is written.
     pub ranges: bool,
+    /// Makes the last node a cluster of its own, with this trust domain and an authority of
+    /// its own.
+    pub second_domain: Option<String>,
 }
 
 impl Default for LabOptions {
@@ -70,6 +75,7 @@ impl Default for LabOptions {
             agent_flags: Vec::new(),
             agent_env: Vec::new(),
             ranges: true,
+            second_domain: None,
         }
     }
 }
@@ -112,12 +118,20 @@ impl Lab {
         fs::create_dir_all(directory.join("logs"))
             .with_context(|| directory.display().to_string())?;
         let cluster = Arc::new(ClusterDir::create(&directory.join("cluster"))?);
+        let second = match &options.second_domain {
+            Some(_) => Some(Arc::new(ClusterDir::create(&directory.join("cluster-2"))?)),
+            None => None,
+        };
+        let of_pods = |number| match second {
+            Some(_) => address::pod_ranges_of(family, number),
+            None => address::pod_ranges(family),
+        };
+        let services = address::service_ranges(family);
         if options.ranges {
-            cluster.set_ranges(
-                &address::pod_ranges(family),
-                &address::service_ranges(family),
-                &[],
-            )?;
+            cluster.set_ranges(&of_pods(1), &services, &[])?;
+            if let Some(second) = &second {
+                second.set_ranges(&of_pods(options.nodes), &services, &[])?;
+            }
         }
         let switch = Switch::create(id)?;
         let mut nodes = Vec::new();
@@ -125,19 +139,28 @@ impl Lab {
             let node = Node::create(id, number, options.nodes, family, options.driver, &switch)?;
             nodes.push(Arc::new(node));
         }
+        let is_second = |node: &Node| second.is_some() && node.number == options.nodes;
+        let cluster_of = |node: &Node| match &second {
+            Some(second) if is_second(node) => second,
+            _ => &cluster,
+        };
         for node in &nodes {
-            cluster.apply(node_object(node))?;
+            cluster_of(node).apply(node_object(node))?;
         }
         let outside = outside(id, family, options.nodes, &switch)?;
         let agents = nodes
             .iter()
-            .map(|node| Agent::new(Arc::clone(node), &directory, &cluster, options))
+            .map(|node| {
+                let domain = options.second_domain.as_deref().filter(|_| is_second(node));
+                Agent::new(Arc::clone(node), &directory, cluster_of(node), domain, options)
+            })
             .collect();
         Ok(Self {
             id: id.clone(),
             directory,
             family,
             cluster,
+            second,
             switch,
             nodes,
             agents,
@@ -222,6 +245,18 @@ impl Lab {
         self.switch.capture(&self.directory.join(format!("{name}.pcap")))
     }
 
+    /// The objects of the last node's cluster, where that is one of its own.
+    pub fn second_cluster(&self) -> Result<&ClusterDir> {
+        self.second.as_deref().context("the lab has one cluster; see LabOptions::second_domain")
+    }
+
+    fn cluster_of(&self, node: &Node) -> &Arc<ClusterDir> {
+        match &self.second {
+            Some(second) if usize::from(node.number) == self.nodes.len() => second,
+            _ => &self.cluster,
+        }
+    }
+
     /// Makes a namespace; `mode` is its label, `None` for no label.
     pub fn namespace(&self, name: &str, mode: Option<&str>) -> Result<()> {
         let labels: Vec<(&str, &str)> =
@@ -238,7 +273,7 @@ impl Lab {
     pub fn pod_on(&self, node: &Arc<Node>, namespace: &str, name: &str) -> PodBuilder {
         PodBuilder::new(
             Surroundings {
-                cluster: Arc::clone(&self.cluster),
+                cluster: Arc::clone(self.cluster_of(node)),
                 node: Arc::clone(node),
                 logs: self.directory.join("logs"),
                 lab: self.id.as_str().to_owned(),

@@ -17,6 +17,7 @@ use super::{
 use crate::{
     policy::model::{Policy, PolicySet},
     spiffe::TrustDomain,
+    trust::federation::Federation,
 };
 
 /// What a World is made of, beside the objects.
@@ -26,6 +27,8 @@ pub struct Surroundings {
     pub trust_domain: TrustDomain,
     /// Configured ranges; a list that is empty falls back to what Nodes declare.
     pub ranges: Ranges,
+    /// Foreign trust domains and the peers that are dialled there.
+    pub federation: Arc<Federation>,
     /// Every policy that was read.
     pub policies: Vec<Arc<Policy>>,
     /// Announcements: pod uid → the node that claims to serve it.
@@ -95,6 +98,7 @@ impl Assembler {
                 .collect(),
             policies: Arc::new(PolicySet { policies }),
             ranges: ranges(around.ranges, objects),
+            federation: around.federation,
             served,
             problems,
             synced: around.synced,

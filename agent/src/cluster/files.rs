@@ -1,8 +1,8 @@
 //! A directory of manifests, followed live (standalone mode, DESIGN §9).
 //!
 //! `*.yaml`, `*.yml` and `*.json` in the directory are manifests, `ranges.yaml` the address
-//! ranges, `status/<node>.yaml` the board of who is served; other subdirectories are not
-//! followed. A file counts whole or not at all: one that breaks keeps what it said last and
+//! ranges, `federation.yaml` the trust domains beyond our own, `status/<node>.yaml` the board of
+//! who is served; other subdirectories are not followed. A file counts whole or not at all: one that breaks keeps what it said last and
 //! becomes a problem; at start it is an error. Writers should replace files by rename.
 
 use std::{
@@ -30,10 +30,14 @@ use crate::{
         yaml::{Fault, MAX_FILE_BYTES},
     },
     spiffe::TrustDomain,
+    trust::federation::{self, Federation},
 };
 
 /// Name of the file with the cluster's address ranges.
 pub const RANGES_FILE: &str = "ranges.yaml";
+
+/// Name of the file with the trust domains that the cluster federates with.
+pub const FEDERATION_FILE: &str = "federation.yaml";
 
 /// Changes that keep coming are published at the latest after this many quiet times.
 const MAX_DEBOUNCES: u32 = 8;
@@ -291,6 +295,7 @@ struct Directory {
     params: FilesParams,
     manifests: Followeds<Manifest>,
     ranges: Followeds<Ranges>,
+    federation: Followeds<Arc<Federation>>,
     board: Followeds<Announcement>,
     assembler: Assembler,
     /// The directory itself could not be read the last time.
@@ -308,6 +313,7 @@ impl Directory {
             params,
             manifests: BTreeMap::new(),
             ranges: BTreeMap::new(),
+            federation: BTreeMap::new(),
             board: BTreeMap::new(),
             assembler: Assembler::default(),
             unreadable: None,
@@ -320,6 +326,7 @@ impl Directory {
         // The board is other nodes' word: what is wrong with it must not keep this one down.
         let faults = directory.manifests.values().filter_map(|f| f.fault.clone());
         let faults = faults.chain(directory.ranges.values().filter_map(|f| f.fault.clone()));
+        let faults = faults.chain(directory.federation.values().filter_map(|f| f.fault.clone()));
         if let Some(fault) = faults.min_by(|a, b| a.path.cmp(&b.path)) {
             return Err(FilesError::File(fault));
         }
@@ -346,7 +353,10 @@ impl Directory {
 
     fn read_all(&mut self) -> io::Result<()> {
         let listed = list(&self.dir)?;
-        let (ranges, manifests) = listed.into_iter().partition(|(name, _)| name == RANGES_FILE);
+        let (ranges, others): (_, BTreeMap<_, _>) =
+            listed.into_iter().partition(|(name, _)| name == RANGES_FILE);
+        let (federation, manifests) =
+            others.into_iter().partition(|(name, _)| name == FEDERATION_FILE);
         let board = match list(&self.dir.join(BOARD_DIR)) {
             Ok(board) => board,
             Err(error) if error.kind() == io::ErrorKind::NotFound => BTreeMap::new(),
@@ -356,6 +366,10 @@ impl Directory {
         let age = &mut self.next_age;
         update(&mut self.manifests, &self.dir, manifests, age, manifest::read);
         update(&mut self.ranges, &self.dir, ranges, age, |_, text| manifest::read_ranges(text));
+        let own = &self.params.trust_domain;
+        update(&mut self.federation, &self.dir, federation, age, |_, text| {
+            federation::read(text, own).map(Arc::new)
+        });
         update(&mut self.board, &self.dir.join(BOARD_DIR), board, age, |name, text| {
             Announcement::read(name.trim_end_matches(".yaml"), text)
         });
@@ -400,6 +414,8 @@ impl Directory {
         problems
             .extend(self.manifests.values().filter_map(|f| f.fault.as_ref()).map(Self::problem));
         problems.extend(self.ranges.values().filter_map(|f| f.fault.as_ref()).map(Self::problem));
+        problems
+            .extend(self.federation.values().filter_map(|f| f.fault.as_ref()).map(Self::problem));
         problems.extend(self.board.values().filter_map(|f| f.fault.as_ref()).map(Self::problem));
         problems.extend(self.unreadable.iter().map(|error| Problem {
             subject: format!("cluster directory {}", self.dir.display()),
@@ -436,6 +452,7 @@ impl Directory {
         let around = Surroundings {
             trust_domain: self.params.trust_domain.clone(),
             ranges,
+            federation: self.federation.values().find_map(|f| f.good.clone()).unwrap_or_default(),
             policies: collected.policies,
             announced: claims,
             problems,

@@ -12,7 +12,7 @@ use std::{
 use ipnet::IpNet;
 use signet_ebpf::abi::Mode;
 
-use crate::{policy::model::PolicySet, spiffe::TrustDomain};
+use crate::{policy::model::PolicySet, spiffe::TrustDomain, trust::federation::Federation};
 
 /// A pod's uid, as the API gives it.
 pub type PodUid = Arc<str>;
@@ -51,6 +51,8 @@ pub struct World {
     pub policies: Arc<PolicySet>,
     /// The cluster's address ranges.
     pub ranges: Ranges,
+    /// Foreign trust domains and the peers that are dialled there.
+    pub federation: Arc<Federation>,
     /// Uids that some node has announced as served: listeners, SVID and policy in place.
     pub served: HashMap<PodUid, Arc<str>>,
     /// What could not be read or was ignored; shown by `signet status`.
@@ -74,6 +76,7 @@ impl World {
             nodes: BTreeMap::new(),
             policies: Arc::default(),
             ranges: Ranges::default(),
+            federation: Arc::default(),
             served: HashMap::new(),
             problems: Vec::new(),
             synced: Synced::default(),
@@ -94,6 +97,7 @@ impl World {
             nodes,
             policies,
             ranges,
+            federation,
             served,
             problems,
             synced,
@@ -108,6 +112,7 @@ impl World {
             && *nodes == other.nodes
             && *policies == other.policies
             && *ranges == other.ranges
+            && *federation == other.federation
             && *served == other.served
             && *problems == other.problems
             && *synced == other.synced

@@ -19,7 +19,7 @@ use crate::{
     proxy::DataPlaneHandle,
     spiffe::TrustDomain,
     svid::{SvidHandle, SvidStatus},
-    trust::Trust,
+    trust::{Trust, follow::Failures},
     workload_api::{WorkloadApiHandle, WorkloadKey},
 };
 
@@ -41,6 +41,7 @@ pub(super) struct Picture {
     pub(super) config: watch::Receiver<Arc<AgentConfig>>,
     pub(super) losses: Arc<Losses>,
     pub(super) workloads: WorkloadApiHandle,
+    pub(super) foreign_bundles: watch::Receiver<Failures>,
     pub(super) newest: Newest,
 }
 
@@ -51,6 +52,10 @@ impl Picture {
         let report = self.report.borrow().clone();
         let mut problems = report.problems;
         problems.extend(state.problems.iter().cloned());
+        problems.extend(self.foreign_bundles.borrow().iter().map(|(domain, message)| Problem {
+            subject: format!("trust domain {domain}"),
+            message: message.clone(),
+        }));
         let drops = match self.counters.drops() {
             Ok(drops) => drops.into_iter().map(|(key, count)| DropCount { key, count }).collect(),
             Err(error) => {

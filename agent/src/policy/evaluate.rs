@@ -18,7 +18,7 @@
 //! Namespaces and service accounts are those of our own trust domain. An identity pattern
 //! that does not spell a trust domain out (`*`, `*/sa/frontend`, `spiffe://clu*`) means our
 //! own where matching widens access, every domain where it narrows it. A foreign identity
-//! passes only where an ALLOW names its domain.
+//! comes in only where an ALLOW names its domain.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -103,7 +103,9 @@ pub fn evaluate(policies: &[Arc<Policy>], default_deny: bool, facts: &FlowFacts<
     if let Some(broken) = of(Action::Allow).next() {
         return decided(Reason::PolicyUnsupported, Some(broken));
     }
-    if default_deny || is_foreign(facts) {
+    // Whom a pod may dial in another domain is said by the cluster's remote peers; who may
+    // come from there, only by an ALLOW.
+    if default_deny || (is_foreign(facts) && facts.direction == Direction::Ingress) {
         return decided(Reason::PolicyNoMatch, None);
     }
     decided(Reason::Allowed, None)

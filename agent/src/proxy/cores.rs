@@ -233,18 +233,17 @@ pub fn serve(core: &Arc<Core>, stream: TcpStream, side: Side, served: Arc<Served
     };
 }
 
-/// Judges the open flows again with every state and every change of trust.
+/// Judges the open flows again with every state. (A change of trust is the connections'
+/// affair: whoever is not trusted any more loses all of its flows.)
 async fn rejudge(core: &Core) {
     let plane = &core.plane;
     let mut states = plane.state.subscribe();
-    let mut trust = plane.trust.subscribe();
     // Somebody is condemned and has to go then.
     let mut due: Option<Instant> = None;
     let never = Instant::now() + Duration::from_secs(365 * 86400);
     loop {
         let ended = tokio::select! {
             changed = states.changed() => changed.is_err(),
-            changed = trust.changed() => changed.is_err(),
             () = sleep_until(due.unwrap_or(never).into()) => false,
         };
         let state = plane.state.current();
@@ -266,9 +265,7 @@ fn fate(plane: &Plane, state: &NodeState, key: &EndpointKey, facts: &Facts) -> F
         // Its listeners are being stopped; that ends its flows in their time.
         return Fate::Keep;
     };
-    let untrusted = facts.proven
-        && facts.peer.as_ref().is_some_and(|id| plane.trust.bundle(&id.trust_domain()).is_none());
-    if untrusted || !judge(state, endpoint, facts).passes() {
+    if !judge(state, endpoint, facts).passes() {
         return Fate::Close(Reason::RightWithdrawn);
     }
     if facts.direction == Direction::Egress && !facts.proven && endpoint.mode == Mode::Strict {

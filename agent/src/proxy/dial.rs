@@ -175,6 +175,7 @@ async fn attempt(
         .map_err(|source| DialError::Hbone { destination, source })?;
     let (cut, ender, trust) = (served.cut.clone(), client.ender(), plane.trust.clone());
     let not_after = svid.not_after.min(peer.not_after);
+    let proven = peer.id.clone();
     tracker.spawn(async move {
         tokio::select! {
             ended = driver.run(cut) => {
@@ -189,7 +190,7 @@ async fn attempt(
             }
         }
     });
-    Ok(Dialled { client, stamp, deadline: deadline(not_after) })
+    Ok(Dialled { client, stamp, deadline: deadline(not_after), peer: proven })
 }
 
 /// A TCP connection from the pod's own namespace and address.

@@ -30,6 +30,7 @@ use crate::{
         record::{KnownBy, Party, Via},
     },
     policy::model::PolicyName,
+    spiffe::SpiffeId,
     tunnel::{
         copy::{self, CopyError, Counts, reset_on_close},
         hbone::{
@@ -102,7 +103,7 @@ impl Refused {
 
 /// How a flow goes on after it was let through.
 enum Onward {
-    Tunnel(Stream, Permit),
+    Tunnel(Stream, Permit, SpiffeId),
     Direct(TcpStream),
 }
 
@@ -152,7 +153,11 @@ pub async fn serve(core: Arc<Core>, served: Arc<Served>, app: TcpStream) {
         Ok(onward) => onward,
         Err(refused) => return flow.refuse(app, records, refused, admitted.state.revision),
     };
-    records.set_destination(admitted.destination(matches!(onward, Onward::Tunnel(..))));
+    let proven = match &onward {
+        Onward::Tunnel(_, _, peer) => Some(peer),
+        Onward::Direct(_) => None,
+    };
+    records.set_destination(admitted.destination(proven));
     records.passed(&admitted.judgement);
     Counters::add(&plane.counters.forwarded);
     let counts = Counts::default();
@@ -160,7 +165,7 @@ pub async fn serve(core: Arc<Core>, served: Arc<Served>, app: TcpStream) {
         flow.registration.closed().await;
     };
     let (result, ended_by) = match onward {
-        Onward::Tunnel(stream, permit) => {
+        Onward::Tunnel(stream, permit, _) => {
             (copy::tunnel(app, stream, &counts, stop).await, permit.ended_by())
         }
         Onward::Direct(server) => (copy::direct(app, server, &counts, stop).await, None),
@@ -188,20 +193,22 @@ struct Admitted {
 }
 
 impl Admitted {
-    /// The destination, as the record shows it. `proven`: a handshake has shown who it is.
-    fn destination(&self, proven: bool) -> Party {
+    /// The destination, as the record shows it. `proven`: who a handshake has shown it to be.
+    fn destination(&self, proven: Option<&SpiffeId>) -> Party {
         let route = &self.route;
-        let identity = route.path.identity().cloned();
+        let identity = proven.or(route.path.identity()).cloned();
         let known_by = match (&identity, proven) {
             (None, _) => KnownBy::Unknown,
-            (Some(_), true) => KnownBy::Mtls,
-            (Some(_), false) => KnownBy::Address,
+            (Some(_), Some(_)) => KnownBy::Mtls,
+            (Some(_), None) => KnownBy::Address,
         };
         match &route.pod {
             Some(pod) => {
                 pod_party(pod, identity, known_by, route.destination, route.service.as_ref())
             }
             None => Party {
+                identity,
+                known_by,
                 service: route
                     .service
                     .as_ref()
@@ -258,24 +265,35 @@ impl Outbound<'_> {
             let endpoint = self.endpoint(&state)?;
             let source = Source { mode: endpoint.mode, addresses: &endpoint.addresses };
             let pick = rand::random();
-            let route = route(&state.world, source, self.dialled, pick)?;
+            let mut route = route(&state.world, source, self.dialled, pick)?;
             let destination = route.destination.ip();
             let source_ip =
                 own_address(&endpoint, destination).ok_or(Refused::NoSourceAddress(destination))?;
-            let facts = Facts {
+            let mut facts = Facts {
                 direction: Direction::Egress,
                 peer: route.path.identity().cloned(),
-                proven: matches!(route.path, Path::Tunnel(_)),
+                proven: !matches!(route.path, Path::Direct(_)),
                 peer_ip: destination,
                 port: route.destination.port(),
             };
-            self.registration.set_facts(facts.clone());
+            let mut judgement = judge(&state, &endpoint, &facts);
+            if let Path::Remote(identities) = &route.path {
+                // Whoever answers there must be one whom policy lets through, and is judged
+                // once more under the name that the handshake proves.
+                let allowed = allowed(&state, &endpoint, &facts, identities);
+                if let Some((first, passes)) = allowed.first() {
+                    facts.peer = Some(first.clone());
+                    judgement = passes.clone();
+                    route.path = Path::Remote(allowed.into_iter().map(|(id, _)| id).collect());
+                }
+            }
+            self.registration.set_facts(facts);
+            // Registered under an old state: whoever re-judges may not have seen it.
             if !Arc::ptr_eq(&state, &plane.state.current()) {
                 continue;
             }
-            let judgement = judge(&state, &endpoint, &facts);
             let admitted = Admitted { state, endpoint, route, judgement, source_ip };
-            records.set_destination(admitted.destination(false));
+            records.set_destination(admitted.destination(None));
             if matches!(admitted.route.path, Path::Direct(_)) {
                 records.via(Via::Plaintext);
             }
@@ -290,6 +308,7 @@ impl Outbound<'_> {
         let plane = &self.core.plane;
         let expected = match &admitted.route.path {
             Path::Tunnel(identity) => [identity.clone()].into(),
+            Path::Remote(identities) => identities.clone(),
             Path::Direct(_) => {
                 let destination = admitted.route.destination;
                 let server =
@@ -321,8 +340,11 @@ impl Outbound<'_> {
                 dial::dial(plane.clone(), tracker, served, key.clone())
             };
             let lease = self.core.pool.lease(&key, stamp, dial).await.map_err(Refused::Dial)?;
+            if matches!(admitted.route.path, Path::Remote(_)) {
+                self.judge_proven(admitted, &lease.peer)?;
+            }
             match lease.client.open(&open).await {
-                Ok(stream) => return Ok(Onward::Tunnel(stream, lease.permit)),
+                Ok(stream) => return Ok(Onward::Tunnel(stream, lease.permit, lease.peer)),
                 Err(error) if error.is_connections_fault() => {
                     // The peer says goodbye while old flows keep the connection alive:
                     // nobody else is to find it in the pool.
@@ -336,6 +358,23 @@ impl Outbound<'_> {
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+
+    /// Judges a remote peer under the name that it proved, and lets whoever re-judges know it.
+    fn judge_proven(&self, admitted: &Admitted, peer: &SpiffeId) -> Result<(), Refused> {
+        let facts = Facts {
+            direction: Direction::Egress,
+            peer: Some(peer.clone()),
+            proven: true,
+            peer_ip: admitted.route.destination.ip(),
+            port: admitted.route.destination.port(),
+        };
+        self.registration.set_facts(facts.clone());
+        // After it is registered: a state that came meanwhile is either seen here or judged
+        // by whoever re-judges.
+        let state = self.core.plane.state.current();
+        let judgement = judge(&state, &self.endpoint(&state)?.clone(), &facts);
+        if judgement.passes() { Ok(()) } else { Err(Refused::Policy(judgement)) }
     }
 
     /// Records the refusal; the application sees a reset, and the record is there by then.
@@ -354,6 +393,23 @@ impl Outbound<'_> {
         records.refused(refused.reason(), refused.policy(), revision);
         drop(app);
     }
+}
+
+/// The identities that policy lets through, each with its judgement.
+fn allowed(
+    state: &NodeState,
+    endpoint: &EndpointState,
+    facts: &Facts,
+    identities: &[SpiffeId],
+) -> Vec<(SpiffeId, Judgement)> {
+    identities
+        .iter()
+        .map(|id| {
+            let facts = Facts { peer: Some(id.clone()), ..facts.clone() };
+            (id.clone(), judge(state, endpoint, &facts))
+        })
+        .filter(|(_, judgement)| judgement.passes())
+        .collect()
 }
 
 /// The endpoint's own address of the same family as `towards`.

@@ -44,15 +44,21 @@ pub struct Route {
 pub enum Path {
     /// Through a tunnel to the only identity that the pod may have.
     Tunnel(SpiffeId),
+    /// Through a tunnel to a peer outside the cluster, who may be any of these.
+    Remote(Arc<[SpiffeId]>),
     /// In clear; the identity that the address shows.
     Direct(Option<SpiffeId>),
 }
 
 impl Path {
-    /// The other side's identity.
+    /// The other side's identity, where there is only one that it may have.
     pub fn identity(&self) -> Option<&SpiffeId> {
         match self {
             Self::Tunnel(identity) => Some(identity),
+            Self::Remote(identities) => match &**identities {
+                [identity] => Some(identity),
+                _ => None,
+            },
             Self::Direct(identity) => identity.as_ref(),
         }
     }
@@ -191,6 +197,9 @@ fn pod_route(
     let pod = world.pods_by_ip.get(&ip).and_then(|uid| world.pods.get(uid));
     let service = service.map(|s| s.name.clone());
     let Some(pod) = pod else {
+        if let Some(identities) = remote_peers(world, ip) {
+            return Ok(Route { destination, pod: None, service, path: Path::Remote(identities) });
+        }
         let node = world.nodes.values().any(|addresses| addresses.contains(&ip));
         let own = source.addresses.contains(&ip);
         if strict && !node && !own && is_inside(&world.ranges, ip) {
@@ -220,6 +229,17 @@ fn pod_route(
         return Err(RouteError::NoIdentity { pod: pod.name.clone() });
     };
     Ok(Route { destination, pod: Some(pod.clone()), service, path: Path::Tunnel(identity) })
+}
+
+/// Who may answer at an address of remote peers, unless a more specific range says what it is.
+fn remote_peers(world: &World, ip: IpAddr) -> Option<Arc<[SpiffeId]>> {
+    let remote = world.federation.remote(ip)?;
+    let Ranges { pods, services, outside } = &world.ranges;
+    let narrower = [pods, services, outside]
+        .into_iter()
+        .flatten()
+        .any(|net| net.contains(&ip) && net.prefix_len() > remote.range.prefix_len());
+    (!narrower).then(|| remote.identities.clone())
 }
 
 /// The identity of a pod's service account in our own trust domain.

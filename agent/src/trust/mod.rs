@@ -1,5 +1,9 @@
 //! The bundles of all trusted domains, shared and followed live.
 
+pub mod endpoint;
+pub mod federation;
+pub mod follow;
+
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use arc_swap::ArcSwap;

@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
 use super::hbone::client::{Client, Permit};
+use crate::spiffe::SpiffeId;
 
 /// A connection that has carried nothing for so long is closed.
 pub const IDLE: Duration = Duration::from_secs(300);
@@ -43,6 +44,8 @@ pub struct Dialled {
     pub stamp: Stamp,
     /// The earlier end of both certificates.
     pub deadline: Instant,
+    /// Who the peer proved to be.
+    pub peer: SpiffeId,
 }
 
 /// A pooled connection with a stream reserved on it.
@@ -51,6 +54,8 @@ pub struct Lease {
     pub client: Client,
     /// The reservation; held while the flow lives.
     pub permit: Permit,
+    /// Who the peer proved to be.
+    pub peer: SpiffeId,
     /// True when it was not dialled for this flow: its death says nothing about the peer.
     pub reused: bool,
 }
@@ -95,10 +100,13 @@ impl<E> Slot<E> {
 
     /// Drops what takes no new flows (flows on it keep it alive) and reserves a stream on
     /// the least loaded of the rest.
-    fn reserve(&mut self, stamp: Stamp, now: Instant) -> Option<(Client, Permit)> {
+    fn reserve(&mut self, stamp: Stamp, now: Instant, reused: bool) -> Option<Lease> {
         self.connections.retain(|c| c.is_usable(stamp, now));
         self.connections.sort_by_key(|c| c.client.streams());
-        self.connections.iter().find_map(|c| Some((c.client.clone(), c.client.reserve()?)))
+        self.connections.iter().find_map(|c| {
+            let permit = c.client.reserve()?;
+            Some(Lease { client: c.client.clone(), permit, peer: c.peer.clone(), reused })
+        })
     }
 }
 
@@ -141,8 +149,8 @@ where
             let mut outcome = {
                 let mut slots = self.lock();
                 let slot = slots.entry(key.clone()).or_default();
-                if let Some((client, permit)) = slot.reserve(stamp(), Instant::now()) {
-                    return Ok(Lease { client, permit, reused });
+                if let Some(lease) = slot.reserve(stamp(), Instant::now(), reused) {
+                    return Ok(lease);
                 }
                 match slot.running_dial() {
                     Some(running) => running,

@@ -16,6 +16,7 @@ use signet::{
     policy::native,
     proto::flow,
     spiffe::{SpiffeId, TrustDomain, bundle::Bundle, jwks::SpiffeBundle, jwt::JwtSvid, leaf::Leaf},
+    trust::federation,
     tunnel::hbone::head::{Open, parse_address},
 };
 use signet_ebpf::abi::{Event, IDENTITY_NAME_LEN, IdentityName};
@@ -95,6 +96,13 @@ pub const TARGETS: &[Target] = &[
         ],
     },
     Target { name: "filters", run: filters, seeds: &[b"", b"\x0a\x04shop"] },
+    Target {
+        name: "federation",
+        run: federation,
+        seeds: &[
+            b"trustDomains:\n- name: a.example\n  endpoint: {url: \"https://a.example/b\", profile: https_web}\nremotePeers:\n- {cidr: 10.0.0.0/8, trustDomain: a.example, identities: [\"spiffe://a.example/x\"]}\n",
+        ],
+    },
     Target { name: "flow", run: seen_flow, seeds: &[] },
     Target { name: "event", run: event, seeds: &[&[0; size_of::<Event>()], b"short"] },
     Target { name: "identity-row", run: identity_row, seeds: &[b"\x0d\x00spiffe://td/a"] },
@@ -159,6 +167,11 @@ fn ranges(data: &[u8]) -> bool {
 
 fn board(data: &[u8]) -> bool {
     text(data).is_some_and(|text| Announcement::read("node-1", text).is_ok())
+}
+
+fn federation(data: &[u8]) -> bool {
+    let Ok(own) = TrustDomain::parse("cluster.local") else { return false };
+    text(data).is_some_and(|text| federation::read(text, &own).is_ok())
 }
 
 fn policy(data: &[u8]) -> bool {

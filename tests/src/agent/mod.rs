@@ -45,14 +45,21 @@ impl Agent {
         node: Arc<Node>,
         directory: &Path,
         cluster: &ClusterDir,
+        own_domain: Option<&str>,
         options: &LabOptions,
     ) -> Self {
+        let mut flags = options.agent_flags.clone();
+        let mut authority = "authority";
+        if let Some(domain) = own_domain {
+            flags.extend(["--trust-domain".to_owned(), domain.to_owned()]);
+            authority = "authority-2";
+        }
         Self {
             node,
             cluster_dir: cluster.path().to_owned(),
-            authority_dir: directory.join("authority"),
+            authority_dir: directory.join(authority),
             logs: directory.join("logs"),
-            flags: Mutex::new(options.agent_flags.clone()),
+            flags: Mutex::new(flags),
             env: Mutex::new(options.agent_env.clone()),
             running: Mutex::new(None),
         }
@@ -66,6 +73,16 @@ impl Agent {
     /// Where the embedded authority keeps its root; all nodes share it.
     pub fn authority_dir(&self) -> &Path {
         &self.authority_dir
+    }
+
+    /// Its authority's certificate, PEM, without the key.
+    pub fn root_certificate(&self) -> Result<String> {
+        const MARKS: (&str, &str) = ("-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----");
+        let path = self.authority_dir.join("root.pem");
+        let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let begin = text.find(MARKS.0).context("no certificate in root.pem")?;
+        let end = text[begin..].find(MARKS.1).context("no certificate in root.pem")?;
+        Ok(format!("{}\n", &text[begin..begin + end + MARKS.1.len()]))
     }
 
     /// The file with its log.

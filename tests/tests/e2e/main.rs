@@ -7,6 +7,7 @@ mod agent_dead;
 mod authority;
 mod bad_input;
 mod core;
+mod federation;
 mod first_packet;
 mod foreign;
 mod hostile;

@@ -7,6 +7,7 @@ fn around() -> Surroundings {
     Surroundings {
         trust_domain: TrustDomain::parse("cluster.local").unwrap(),
         ranges: Ranges::default(),
+        federation: Arc::default(),
         policies: vec![],
         announced: HashMap::new(),
         problems: vec![],

@@ -31,6 +31,9 @@ impl Planner<'_> {
         ] {
             self.tables.ranges.extend(ranges.iter().map(|net| (range_key(net), kind)));
         }
+        // The same range as any of those is the remote peers'.
+        let remotes = world.federation.remotes.iter();
+        self.tables.ranges.extend(remotes.map(|r| (range_key(&r.range), range::REMOTE)));
         for ips in world.nodes.values() {
             for ip in ips {
                 let entry = AddressEntry {

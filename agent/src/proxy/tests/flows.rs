@@ -241,7 +241,7 @@ async fn flows_end_when_trust_in_the_peers_domain_ends() {
     let (mut client, mut server) = pair.flow(&listener).await;
     pair.server.trust.remove(&super::domain());
     assert!(is_reset(&mut client).await && is_reset(&mut server).await);
-    assert_eq!(pair.server.end("end", |_| true).await.reason, Reason::RightWithdrawn);
+    assert_eq!(pair.server.end("end", |_| true).await.reason, Reason::UntrustedPeer);
 }
 
 #[tokio::test]

@@ -172,6 +172,7 @@ pub(super) fn world(revision: u64, pods: &[Arc<Pod>], served: &[&Arc<Pod>]) -> W
             services: vec!["10.96.0.0/16".parse().unwrap()],
             outside: vec!["10.77.9.0/24".parse().unwrap()],
         },
+        federation: Arc::default(),
         served: served.iter().map(|p| (p.uid.clone(), "node".into())).collect(),
         problems: Vec::new(),
         synced: Synced { pods: true, policies: true },
