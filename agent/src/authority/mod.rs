@@ -20,6 +20,7 @@ pub mod request;
 pub mod rotate;
 pub mod state;
 pub mod store;
+pub mod web;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -42,6 +43,7 @@ use self::{
     pods::{FilesPods, KubePods, PodDirectory},
     request::Authority,
     store::{DirectoryStore, RootStore, SecretStore, StoreError, directory::DirectoryError},
+    web::{Web, WebCertificate, WebError},
 };
 use crate::{
     api_server::{ApiError, ApiServer},
@@ -87,8 +89,10 @@ pub enum AuthorityError {
     #[error(transparent)]
     Keeper(#[from] KeeperError),
     /// The listener.
-    #[error("listen: {address}: {source}; choose another address or stop who has it")]
+    #[error("{key}: {address}: {source}; choose another address or stop who has it")]
     Listen {
+        /// The configuration key.
+        key: &'static str,
         /// Where.
         address: SocketAddr,
         /// Why not.
@@ -102,6 +106,9 @@ pub enum AuthorityError {
         /// Why not.
         source: io::Error,
     },
+    /// The web's certificate.
+    #[error(transparent)]
+    Web(#[from] WebError),
     /// TLS.
     #[error("the TLS configuration: {0}")]
     Tls(#[from] rustls::Error),
@@ -209,9 +216,11 @@ async fn serve(config: Arc<AuthorityConfig>) -> Result<(), AuthorityError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(start)?;
     let surroundings = Surroundings::open(&config).await?;
     let callers = surroundings.callers(&config)?;
-    let listen = |source| AuthorityError::Listen { address: config.listen, source };
-    let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
-    let address = listener.local_addr().map_err(listen)?;
+    let (listener, address) = bind("listen", config.listen).await?;
+    let web_listener = match config.web_listen {
+        Some(address) => Some(bind("webListen", address).await?),
+        None => None,
+    };
 
     let config_map = surroundings.api.clone().zip(config.bundle_config_map.clone());
     let output = BundleOutput::new(config.bundle_file.clone(), config_map);
@@ -233,9 +242,25 @@ async fn serve(config: Arc<AuthorityConfig>) -> Result<(), AuthorityError> {
         .add_service(
             IstioCa::new(authority.clone(), config.svid_ttl, config.max_ttl).into_service(),
         )
-        .add_service(OwnApi::new(authority, reports, config.refresh_hint, None).into_service());
+        .add_service(
+            OwnApi::new(authority, reports, config.refresh_hint, config.oidc_issuer.clone())
+                .into_service(),
+        );
+    let (mut web, web_address) = match web_listener {
+        Some((listener, address)) => {
+            let files = config.web_cert_file.clone().zip(config.web_key_file.clone());
+            let tls = match files {
+                Some((certificate, key)) => web::tls(&WebCertificate { certificate, key })?,
+                None => listen::tls(signing.clone(), &[b"http/1.1"])?,
+            };
+            let web = Web::new(signing.clone(), config.oidc_issuer.clone(), config.refresh_hint);
+            (tokio::spawn(web::serve(listener, tls, web)), Some(address))
+        }
+        None => (tokio::spawn(std::future::pending()), None),
+    };
     tracing::info!(
         %address,
+        web = web_address.map(tracing::field::display),
         trust_domain = %domain,
         store = %store.place(),
         roots = describe(&signing),
@@ -253,12 +278,23 @@ async fn serve(config: Arc<AuthorityConfig>) -> Result<(), AuthorityError> {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
         ended = &mut serving => return Err(AuthorityError::Ended(format!("the server ({ended:?})"))),
+        ended = &mut web => return Err(AuthorityError::Ended(format!("the web server ({ended:?})"))),
         ended = &mut keeping => return Err(AuthorityError::Ended(format!("the keeper ({ended:?})"))),
     }
     tracing::info!("draining");
     let _ = stop.send(());
     let _ = tokio::time::timeout(DRAIN, serving).await;
     Ok(())
+}
+
+async fn bind(
+    key: &'static str,
+    address: SocketAddr,
+) -> Result<(TcpListener, SocketAddr), AuthorityError> {
+    let failed = |source| AuthorityError::Listen { key, address, source };
+    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let address = listener.local_addr().map_err(failed)?;
+    Ok((listener, address))
 }
 
 fn describe(signing: &ArcSwap<Signing>) -> String {

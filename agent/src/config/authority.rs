@@ -27,6 +27,10 @@ pub struct AuthorityConfig {
     pub node_accounts: Vec<ObjectPath>,
     pub bundle_file: Option<PathBuf>,
     pub bundle_config_map: Option<ObjectPath>,
+    pub web_listen: Option<SocketAddr>,
+    pub web_cert_file: Option<PathBuf>,
+    pub web_key_file: Option<PathBuf>,
+    pub oidc_issuer: Option<String>,
     pub svid_ttl: Duration,
     pub max_ttl: Duration,
     pub intermediate_ttl: Duration,
@@ -35,6 +39,32 @@ pub struct AuthorityConfig {
     pub request_burst: u32,
     pub log_level: String,
     pub log_format: LogFormat,
+}
+
+fn address(value: &str) -> Result<SocketAddr, String> {
+    value.parse().map_err(|_| {
+        format!(
+            "{:?} is not an address with a port; write it like 0.0.0.0:15012 or [::]:15012",
+            shorten(value)
+        )
+    })
+}
+
+/// An OIDC issuer (OpenID Connect Core 1.0, section 2): https, no query, no fragment.
+fn issuer(value: &str) -> Result<String, String> {
+    let fine = value.len() <= 1024
+        && value.strip_prefix("https://").is_some_and(|rest| {
+            !rest.is_empty()
+                && !rest.starts_with('/')
+                && rest.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~/:[]".contains(&b))
+        });
+    if !fine {
+        return Err(format!(
+            "{:?} is not an issuer; write https:// and a host, without query or fragment",
+            shorten(value)
+        ));
+    }
+    Ok(value.into())
 }
 
 /// Namespace and name.
@@ -85,6 +115,10 @@ impl Default for AuthorityConfig {
             node_accounts: vec![signet("signet-agent")],
             bundle_file: None,
             bundle_config_map: None,
+            web_listen: None,
+            web_cert_file: None,
+            web_key_file: None,
+            oidc_issuer: None,
             svid_ttl: Duration::from_secs(3600),
             max_ttl: Duration::from_secs(24 * 3600),
             intermediate_ttl: Duration::from_secs(7 * 24 * 3600),
@@ -173,10 +207,7 @@ settings! {
         get(c) vec![c.trust_domain.clone()];
     "listen" false "address:port" "Where the gRPC services are served, over TLS."
         set(c, v) {
-            let value = one(v)?;
-            c.listen = value.parse().map_err(|_| {
-                format!("{:?} is not an address with a port; write it like 0.0.0.0:15012 or [::]:15012", shorten(value))
-            })?;
+            c.listen = address(one(v)?)?;
         }
         get(c) vec![c.listen.to_string()];
     "names" true "DNS names or addresses" "Names in the serving certificate, by which agents dial."
@@ -221,6 +252,22 @@ settings! {
         "A ConfigMap that gets the trust bundle as root-cert.pem, for agents to mount."
         set(c, v) { c.bundle_config_map = Some(ObjectPath::parse(one(v)?)?); }
         get(c) shown(c.bundle_config_map.as_slice());
+    "webListen" false "address:port"
+        "Where OIDC discovery and the bundle (/bundle) are served over HTTPS, for everybody."
+        set(c, v) { c.web_listen = Some(address(one(v)?)?); }
+        get(c) shown(c.web_listen.as_slice());
+    "webCertFile" false "file"
+        "PEM chain of the certificate at webListen; the default is the one that agents see."
+        set(c, v) { c.web_cert_file = Some(path(v)?); }
+        get(c) c.web_cert_file.iter().flat_map(|p| shown_path(p)).collect();
+    "webKeyFile" false "file" "PEM key of webCertFile."
+        set(c, v) { c.web_key_file = Some(path(v)?); }
+        get(c) c.web_key_file.iter().flat_map(|p| shown_path(p)).collect();
+    "oidcIssuer" false "URL"
+        "The issuer in JWT-SVIDs, under which discovery is reached from outside; https, without \
+         query."
+        set(c, v) { c.oidc_issuer = Some(issuer(one(v)?)?); }
+        get(c) shown(c.oidc_issuer.as_slice());
     "svidTtl" false "duration" "How long an SVID is valid when the request leaves it open."
         set(c, v) { c.svid_ttl = duration(v, 10, 7 * 86_400)?; }
         get(c) vec![show_duration(c.svid_ttl)];
@@ -348,6 +395,12 @@ impl AuthorityConfig {
                 "clusterDir and nodeTokenDir belong together: give both, or neither to use the Kubernetes API",
             );
         }
+        if self.web_cert_file.is_some() != self.web_key_file.is_some() {
+            return missing("webKeyFile", "webCertFile and webKeyFile belong together");
+        }
+        if self.oidc_issuer.is_some() && self.web_listen.is_none() {
+            return missing("webListen", "with oidcIssuer, say where discovery is served");
+        }
         if self.names.is_empty() {
             return missing("names", "give the DNS name or address by which agents dial");
         }
@@ -429,6 +482,10 @@ mod tests {
             (vec![store, ("svid-ttl", "20h"), ("max-ttl", "1h")], "svidTtl"),
             (vec![store, ("intermediate-ttl", "30h")], "twice maxTtl"),
             (vec![store, ("listen", "here")], "0.0.0.0:15012"),
+            (vec![store, ("oidc-issuer", "http://a.example")], "https://"),
+            (vec![store, ("oidc-issuer", "https://a.example?x")], "without query"),
+            (vec![store, ("oidc-issuer", "https://a.example")], "where discovery is served"),
+            (vec![store, ("web-key-file", "/k")], "belong together"),
             (vec![("store-secret", "noslash")], "<namespace>/<name>"),
         ] {
             let error = load(&wrong).unwrap_err().to_string();

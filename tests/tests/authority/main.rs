@@ -4,4 +4,5 @@
 mod agent_side;
 mod client;
 mod issuing;
+mod oidc;
 mod replicas;
