@@ -163,12 +163,26 @@ fn a_rust_client_and_a_python_server() -> Result<()> {
 
 #[test]
 #[ignore = "needs the Python packages spiffe and spiffe-tls: cargo xtask setup installs them"]
-fn python_fetches_svids_and_bundles() -> Result<()> {
+fn python_fetches_and_validates_every_kind_of_svid() -> Result<()> {
     let mesh = mesh()?;
     with_logs(&mesh, |mesh| {
-        let fetching = start_python(&mesh.lab, &mesh.frontend, &["fetch"])?;
+        let fetching = start_python(&mesh.lab, &mesh.frontend, &["fetch", "payments"])?;
         let fetched = fetching.wait_event("fetched", TIMEOUT)?;
         ensure!(fetched["id"] == id("frontend") && fetched["bundles"] == 1, "{fetched}");
+        ensure!(fetched["jwt"] == id("frontend"), "{fetched}");
+        ensure!(fetched["jwtSource"] == id("frontend"), "{fetched}");
+        Ok(())
+    })
+}
+
+#[test]
+fn rust_fetches_and_validates_a_jwt_svid() -> Result<()> {
+    let mesh = mesh()?;
+    with_logs(&mesh, |mesh| {
+        let fetching = start_rust(&mesh.lab, &mesh.frontend, &["jwt", "--audience", "payments"])?;
+        let fetched = fetching.wait_event("jwt", TIMEOUT)?;
+        ensure!(fetched["id"] == id("frontend"), "{fetched}");
+        ensure!(fetched["x509Domains"] == 1 && fetched["jwtDomains"] == 1, "{fetched}");
         Ok(())
     })
 }

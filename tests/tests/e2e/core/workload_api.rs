@@ -158,6 +158,21 @@ fn the_socket_is_alone_and_files_are_written_whole() -> Result<()> {
             "{bundle}"
         );
 
+        let token = fetch(lab, frontend.place(), &["jwt", "--audience", "payments", "-o", "json"])?;
+        let token: Value = serde_json::from_str(&token.success()?)?;
+        ensure!(
+            token["spiffeId"] == "spiffe://cluster.local/ns/shop/sa/frontend"
+                && token["audience"] == serde_json::json!(["payments"])
+                && token["token"].as_str().is_some_and(|t| t.split('.').count() == 3),
+            "{token}"
+        );
+        let other = "spiffe://cluster.local/ns/shop/sa/payments";
+        let answer =
+            fetch(lab, frontend.place(), &["jwt", "--audience", "a", "--spiffe-id", other])?;
+        ensure!(answer.code() == 5 && answer.stdout.is_empty(), "{answer:?}");
+        let answer = fetch(lab, frontend.place(), &["jwt"])?;
+        ensure!(answer.code() == 2 && answer.stderr.contains("--audience"), "{answer:?}");
+
         // A file that cannot be written, a socket that is not there, an identity that waits.
         let answer = fetch(lab, frontend.place(), &["x509", "--write", "/proc/no"])?;
         ensure!(answer.code() == 3 && answer.stderr.contains("--write"), "{answer:?}");
