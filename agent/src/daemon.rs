@@ -83,6 +83,9 @@ pub enum DaemonError {
     /// The admin socket or the Workload API's.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// The static entries of the Workload API.
+    #[error(transparent)]
+    Entries(#[from] workload_api::EntriesError),
     /// The log.
     #[error(transparent)]
     Log(#[from] LogError),
@@ -141,6 +144,7 @@ impl DaemonError {
             | Self::Root(_)
             | Self::Remote(_)
             | Self::Log(_)
+            | Self::Entries(_)
             | Self::TrustDomain { .. }
             | Self::Missing { .. } => Fault::Input,
             Self::Kernel(_) | Self::Socket(_) | Self::Start { .. } => Fault::Host,
@@ -172,6 +176,7 @@ pub fn run(loaded: Loaded, sources: ConfigSources) -> Result<(), DaemonError> {
     let board = FilesBoard::open(&dir, &config.node)?;
     let trust = Trust::new();
     let identity = Identity::open(&config, &domain, &trust)?;
+    let entries = workload_api::Entries::open(config.workload_entries.as_deref(), &domain)?;
 
     // Before any socket is made: this may move the process into a cgroup of its own.
     let (programs, maps) = Programs::load(&kernel_config(&config))?;
@@ -182,8 +187,19 @@ pub fn run(loaded: Loaded, sources: ConfigSources) -> Result<(), DaemonError> {
         .enable_all()
         .build()
         .map_err(|source| DaemonError::Start { what: "the control plane's runtime", source })?;
-    let parts =
-        Parts { config, sources, domain, dir, world, board, trust, identity, programs, maps };
+    let parts = Parts {
+        config,
+        sources,
+        domain,
+        dir,
+        world,
+        board,
+        trust,
+        identity,
+        entries,
+        programs,
+        maps,
+    };
     runtime.block_on(serve(parts))
 }
 
@@ -197,6 +213,7 @@ struct Parts {
     board: FilesBoard,
     trust: Arc<Trust>,
     identity: Identity,
+    entries: workload_api::Entries,
     programs: Programs,
     maps: kernel::Maps,
 }
@@ -211,6 +228,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         mut board,
         trust,
         mut identity,
+        entries,
         programs,
         maps,
     } = parts;
@@ -263,6 +281,8 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
             trust: trust.clone(),
             trust_domain: domain.clone(),
             hierarchy: Hierarchy::find()?,
+            workloads_root: config.cgroup_root.clone().into(),
+            entries: entries.clone(),
             issuer: identity.issuer.clone(),
             jwt_issuer: Some(identity.jwt_issuer.clone()),
             opener: opener.clone(),
@@ -365,6 +385,9 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
             ended = &mut following => break Err(ended_as("the authority's follower", joined(ended))),
             () = svids.ended() => break Err(ended_as("the SVID manager", "its task is gone".into())),
             why = plane.failed() => break Err(ended_as("the data plane", why)),
+        }
+        if let Err(error) = entries.reload(applied.workload_entries.as_deref(), &domain) {
+            tracing::error!(%error, "workload entries not read again; those in force stay");
         }
         match reload(&applied, &sources) {
             Ok(newer) => {

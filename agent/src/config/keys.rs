@@ -307,6 +307,11 @@ keys! {
          default is workload/workload.sock below runDir."
         set(c, v) { c.workload_socket = Some(path(v)?); }
         get(c) c.workload_socket.iter().flat_map(|p| shown_path(p)).collect();
+    "workloadEntries" Restart false "directory"
+        "Directory of WorkloadEntry manifests: identities of processes that are no pods, for the \
+         Workload API. Read again when the agent reads its configuration again (SIGHUP)."
+        set(c, v) { c.workload_entries = Some(path(v)?); }
+        get(c) c.workload_entries.iter().flat_map(|p| shown_path(p)).collect();
     "stateDir" Restart false "directory" "What outlives the agent is kept here."
         set(c, v) { c.state_dir = path(v)?; }
         get(c) shown_path(&c.state_dir);

@@ -111,6 +111,7 @@ impl Picture {
                 // It went a moment ago.
                 None => format!("uid {}", key.uid),
             },
+            WorkloadKey::Entry(name) => format!("entry {name}"),
         };
         let held = self.workloads.svids().status().into_iter();
         held.map(|status| (pod(&status.key), svid_facts(status))).collect()

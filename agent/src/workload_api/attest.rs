@@ -7,7 +7,10 @@
 
 use std::{
     fmt, fs, io,
-    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+    os::{
+        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -49,9 +52,9 @@ pub enum AttestError {
     /// The process has ended, or its pid is another process's.
     #[error("the process that connected is gone")]
     Gone,
-    /// Its cgroup cannot be read.
-    #[error("the cgroup of process {pid} cannot be read: {source}")]
-    Cgroup {
+    /// Its directory in /proc cannot be read.
+    #[error("what process {pid} is cannot be read in /proc: {source}")]
+    Proc {
         /// Its pid.
         pid: u32,
         /// Why not.
@@ -112,12 +115,22 @@ impl Caller {
         Ok(hierarchy.of_process(&text))
     }
 
+    /// Device and inode of the file that it executes.
+    pub(super) fn executable(&self) -> Result<(u64, u64), AttestError> {
+        // The link leads to the file itself, whatever mount namespace it is in.
+        let metadata = fs::metadata(format!("/proc/{}/exe", self.pid));
+        self.check_alive()?;
+        metadata
+            .map(|m| (m.dev(), m.ino()))
+            .map_err(|source| AttestError::Proc { pid: self.pid, source })
+    }
+
     /// Reads a file of its directory in /proc. It is the process's own: it was alive
     /// afterwards, so its pid was not another's before.
-    pub(super) fn read(&self, file: &str) -> Result<String, AttestError> {
+    fn read(&self, file: &str) -> Result<String, AttestError> {
         let text = fs::read_to_string(format!("/proc/{}/{file}", self.pid));
         self.check_alive()?;
-        text.map_err(|source| AttestError::Cgroup { pid: self.pid, source })
+        text.map_err(|source| AttestError::Proc { pid: self.pid, source })
     }
 
     /// Fails when the process has ended.

@@ -9,12 +9,13 @@ mod attest;
 mod authority;
 mod connections;
 mod counters;
+mod entries;
 mod keeper;
 mod other_end;
 mod service;
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -23,12 +24,15 @@ use tokio::time;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::transport::Server;
 
-pub use self::counters::Counters;
 use self::{
     attest::{Caller, Method},
     connections::{Payer, Reception, Slot, Slots},
     keeper::Keeper,
     service::Service,
+};
+pub use self::{
+    counters::Counters,
+    entries::{Entries, EntriesError},
 };
 use crate::{
     endpoint::state::{EndpointKey, NodeStateHandle},
@@ -70,6 +74,8 @@ impl Default for Limits {
 pub enum WorkloadKey {
     /// A pod.
     Pod(EndpointKey),
+    /// What the static entry of this name selects.
+    Entry(Arc<str>),
 }
 
 /// A workload that calls.
@@ -89,6 +95,11 @@ pub struct WorkloadApiDeps {
     pub trust_domain: TrustDomain,
     /// Where cgroups are.
     pub hierarchy: Hierarchy,
+    /// The cgroup that holds all pods, below the hierarchy's mount: no static entry selects
+    /// what is in it.
+    pub workloads_root: PathBuf,
+    /// Workloads that are no pods.
+    pub entries: Entries,
     /// Who issues X509-SVIDs.
     pub issuer: Arc<dyn Issuer>,
     /// Who issues JWT-SVIDs; `None`: nobody, and the JWT calls say so.

@@ -25,7 +25,6 @@ use super::{
     keeper::{Keeper, Listening},
 };
 use crate::{
-    endpoint::state::NodeState,
     proto::workload::{
         JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse,
         ValidateJwtsvidRequest, ValidateJwtsvidResponse, X509BundlesRequest, X509BundlesResponse,
@@ -95,8 +94,7 @@ impl Service {
 
     /// Forgets SVIDs that nobody has any use for.
     pub(super) fn sweep(&self, now: Instant) {
-        let state = self.0.deps.state.current();
-        self.0.keeper.sweep(|key| id_of(&state, key).is_some(), now);
+        self.0.keeper.sweep(|key| self.0.id_of(key).is_some(), now);
     }
 
     /// The workload that the process belongs to.
@@ -120,11 +118,19 @@ impl Inner {
         let hierarchy = &self.deps.hierarchy;
         let Some(name) = caller.cgroup(hierarchy)? else { return Ok(None) };
         let state = self.deps.state.current();
-        let endpoint = attest::pod_of(&state, hierarchy, &name);
-        Ok(endpoint.map(|endpoint| Workload {
-            key: WorkloadKey::Pod(endpoint.key.clone()),
-            id: endpoint.identity.clone(),
-        }))
+        if let Some(endpoint) = attest::pod_of(&state, hierarchy, &name) {
+            return Ok(Some(Workload {
+                key: WorkloadKey::Pod(endpoint.key.clone()),
+                id: endpoint.identity.clone(),
+            }));
+        }
+        // A pod that is not known yet is never taken for something else: its root user is not
+        // the node's.
+        if name.starts_with(&self.deps.workloads_root) {
+            return Ok(None);
+        }
+        let entry = self.deps.entries.of(caller, &name)?;
+        Ok(entry.map(|entry| Workload { key: WorkloadKey::Entry(entry.name), id: entry.id }))
     }
 
     /// What every call begins with: the header, then who calls, then whether it is too much.
@@ -182,17 +188,18 @@ impl Inner {
 
     /// True while the workload is there and is who it was.
     fn is_still(&self, workload: &Workload) -> bool {
-        let state = self.deps.state.current();
-        id_of(&state, &workload.key).is_some_and(|id| id == workload.id)
+        self.id_of(&workload.key).is_some_and(|id| id == workload.id)
     }
-}
 
-/// The identity of a workload that is there.
-fn id_of(state: &NodeState, key: &WorkloadKey) -> Option<SpiffeId> {
-    match key {
-        WorkloadKey::Pod(key) => {
-            let endpoint = state.endpoints.get(&key.netns)?;
-            (endpoint.key == *key).then(|| endpoint.identity.clone())
+    /// The identity of a workload that is there.
+    fn id_of(&self, key: &WorkloadKey) -> Option<SpiffeId> {
+        match key {
+            WorkloadKey::Pod(key) => {
+                let state = self.deps.state.current();
+                let endpoint = state.endpoints.get(&key.netns)?;
+                (endpoint.key == *key).then(|| endpoint.identity.clone())
+            }
+            WorkloadKey::Entry(name) => self.deps.entries.id_of(name),
         }
     }
 }
@@ -314,6 +321,7 @@ impl SpiffeWorkloadApi for Service {
                 inner.keeper.svids().subscribe(),
                 inner.deps.trust.subscribe(),
                 inner.deps.state.subscribe(),
+                inner.deps.entries.subscribe(),
             ];
             let (sender, receiver) = mpsc::channel(STREAM_BUFFER);
             let stream =
@@ -341,7 +349,11 @@ impl SpiffeWorkloadApi for Service {
     ) -> Answer<Self::FetchX509BundlesStream> {
         let inner = Arc::clone(&self.0);
         let answer = inner.enter(&request).map(|Call { workload, slot }| {
-            let changes = vec![inner.deps.trust.subscribe(), inner.deps.state.subscribe()];
+            let changes = vec![
+                inner.deps.trust.subscribe(),
+                inner.deps.state.subscribe(),
+                inner.deps.entries.subscribe(),
+            ];
             let (sender, receiver) = mpsc::channel(STREAM_BUFFER);
             let stream = Stream { inner, workload, changes, sender, _kept: (None, slot) };
             tokio::spawn(stream.run(|inner, _, sent| {
@@ -371,7 +383,11 @@ impl SpiffeWorkloadApi for Service {
         let inner = Arc::clone(&self.0);
         let entered = inner.enter(&request).and_then(|call| inner.jwt().map(|_| call));
         let answer = entered.map(|Call { workload, slot }| {
-            let changes = vec![inner.deps.trust.subscribe_jwt(), inner.deps.state.subscribe()];
+            let changes = vec![
+                inner.deps.trust.subscribe_jwt(),
+                inner.deps.state.subscribe(),
+                inner.deps.entries.subscribe(),
+            ];
             let (sender, receiver) = mpsc::channel(STREAM_BUFFER);
             let stream = Stream { inner, workload, changes, sender, _kept: (None, slot) };
             tokio::spawn(stream.run(|inner, _, sent| {

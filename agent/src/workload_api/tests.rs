@@ -113,6 +113,7 @@ struct Scene {
     publisher: NodeStatePublisher,
     endpoints: Mutex<HashMap<u64, Arc<EndpointState>>>,
     handle: WorkloadApiHandle,
+    entries: Entries,
     socket: PathBuf,
     stop: CancellationToken,
     made: Mutex<Vec<PathBuf>>,
@@ -150,6 +151,7 @@ impl Scene {
         let state = NodeState::empty("node-2".into(), Arc::new(World::empty(domain())));
         let (publisher, state) = NodeStatePublisher::new(state);
         let socket = host.dir.path().join("workload/workload.sock");
+        let entries = Entries::open(None, &domain()).unwrap();
         let (api, handle) = WorkloadApi::new(
             bind(&socket).unwrap(),
             WorkloadApiDeps {
@@ -157,6 +159,8 @@ impl Scene {
                 trust: Arc::clone(&trust),
                 trust_domain: domain(),
                 hierarchy: hierarchy.clone(),
+                workloads_root: host.name.join("kubepods"),
+                entries: entries.clone(),
                 issuer: authority.clone(),
                 jwt_issuer: options.jwt.then(|| authority.clone() as Arc<dyn JwtIssuer>),
                 opener: NetnsOpener::start().unwrap(),
@@ -175,6 +179,7 @@ impl Scene {
             publisher,
             endpoints: Mutex::default(),
             handle,
+            entries,
             socket,
             stop,
             made: Mutex::default(),
@@ -664,6 +669,58 @@ async fn tokens_are_fetched_and_validated() {
 
 fn jwt_most() -> usize {
     crate::spiffe::jwt::MAX_AUDIENCES
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_static_entry_is_for_what_it_selects_and_never_for_a_pod() {
+    let Some(scene) = Scene::new("wa-entry", Options::default()) else { return };
+    let unit = scene.directory("system.slice/backup.service");
+    let nested = scene.directory("system.slice/other.service/backup.service");
+    let unknown = scene.directory("kubepods/podunknown/backup.service");
+    let (pod, call) = (scene.pod("web-1", 1), json!({"call": "x509"}));
+    let assert_nobody = |cgroup: &Path| {
+        let answer = scene.process(cgroup, &call).next();
+        assert_refused(&answer, Code::PermissionDenied, "no identity issued");
+    };
+    assert_nobody(&unit);
+
+    let dir = tempfile::tempdir().unwrap();
+    let write = |selectors: &[(&str, &str)]| {
+        let text = selectors.iter().map(|(name, selector)| {
+            format!(
+                "apiVersion: signet.dev/v1alpha1\nkind: WorkloadEntry\nmetadata: {{name: {name}}}\n\
+                 spec: {{spiffeId: \"spiffe://cluster.local/vm/{name}\", selector: {selector}}}\n---\n"
+            )
+        });
+        fs::write(dir.path().join("a.yaml"), text.collect::<String>()).unwrap();
+        scene.entries.reload(Some(dir.path()), &domain()).unwrap();
+    };
+    let own = std::env::current_exe().unwrap();
+    let cgroup = scene.host.name.join("system.slice/backup.service");
+    let selector = format!("{{cgroup: {}, uid: 0}}", cgroup.display());
+    write(&[("backup", &selector), ("root", "{uid: 0}")]);
+    let follower = scene.process(&unit, &call);
+    assert_eq!(follower.next()["id"], "spiffe://cluster.local/vm/backup", "the one that says most");
+    assert_eq!(scene.process(&nested, &call).next()["id"], "spiffe://cluster.local/vm/root");
+    // Neither a pod nor what may be one: its root is not the node's.
+    assert_eq!(scene.process(&pod, &call).next()["id"], id("web"));
+    assert_nobody(&unknown);
+
+    // The entry goes: the stream ends.
+    write(&[("other", "{uid: 4294967}")]);
+    assert_refused(&follower.next(), Code::PermissionDenied, "no identity issued");
+    assert_nobody(&unit);
+
+    let executable = |path: &Path| format!("{{uid: 0, executable: {}}}", path.display());
+    write(&[("tests", &executable(&own))]);
+    assert_eq!(scene.process(&unit, &call).next()["id"], "spiffe://cluster.local/vm/tests");
+    // The same content at another place is another file.
+    let copy = dir.path().join("copy");
+    fs::copy(&own, &copy).unwrap();
+    write(&[("tests", &executable(&copy))]);
+    assert_nobody(&unit);
+    write(&[("tests", "{uid: 12345}")]);
+    assert_nobody(&unit);
 }
 
 #[tokio::test(flavor = "multi_thread")]

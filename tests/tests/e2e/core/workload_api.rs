@@ -127,6 +127,52 @@ fn who_is_no_pod_has_no_identity_and_a_forged_cgroup_is_its_pods() -> Result<()>
 }
 
 #[test]
+fn a_static_entry_serves_what_is_no_pod() -> Result<()> {
+    let entries = tempfile::tempdir()?;
+    let flags = ["--workload-entries", &entries.path().display().to_string()].map(str::to_owned);
+    let options = LabOptions { agent_flags: flags.into(), nodes: 1, ..Default::default() };
+    let lab = Lab::with(options)?;
+    lab.namespace("shop", Some("strict"))?;
+    lab.cluster().service_account("shop", "frontend")?;
+    let pod = lab.pod("shop", "frontend").service_account("frontend").start()?;
+    let place = lab.node("node-1")?.system_place();
+    let below = cgroup::path_below_mount(&place.cgroup)?;
+    let write = |selector: &str| {
+        let text = format!(
+            "apiVersion: signet.dev/v1alpha1\nkind: WorkloadEntry\nmetadata: {{name: backup}}\n\
+             spec:\n  spiffeId: spiffe://cluster.local/vm/backup\n  selector: {selector}\n"
+        );
+        fs::write(entries.path().join("backup.yaml"), text)
+    };
+
+    write("{executable: /usr/bin/backup}")?;
+    let agent = lab.agent("node-1")?;
+    agent.start()?;
+    ensure!(agent.wait_end(TIMEOUT)? == 3, "{}", agent.logged());
+    ensure!(
+        agent.logged().contains("backup.yaml:6: spec.selector: executable alone proves nothing"),
+        "{}",
+        agent.logged()
+    );
+
+    write(&format!("{{cgroup: {below}, uid: 0}}"))?;
+    agent.start_ready()?;
+    lab.wait_state(&pod, "served")?;
+    let got = identity(&lab, &place)?;
+    ensure!(got == "spiffe://cluster.local/vm/backup", "{got}");
+    let got = identity(&lab, pod.place())?;
+    ensure!(got == "spiffe://cluster.local/ns/shop/sa/frontend", "{got}");
+    is_nobody(&lab, lab.outside())?;
+
+    write("{uid: 12345}")?;
+    agent.signal(rustix::process::Signal::HUP)?;
+    signet_lab::eventually("the entry has changed", TIMEOUT, || {
+        is_nobody(&lab, &place)?;
+        Ok(Some(()))
+    })
+}
+
+#[test]
 fn the_socket_is_alone_and_files_are_written_whole() -> Result<()> {
     let mesh = mesh()?;
     with_logs(&mesh, |mesh| {
