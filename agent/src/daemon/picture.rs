@@ -142,6 +142,7 @@ impl Picture {
             ("flows_refused", stats.refused),
             ("flows_abandoned", stats.abandoned),
             ("flows_unattributed", stats.unattributed),
+            ("flows_from_another_accounts_address", stats.misplaced),
         ];
         all.extend(plane.map(|(name, value)| (name.to_owned(), value)));
         all.extend(self.workloads.counters().all());

@@ -21,6 +21,8 @@ pub struct Counters {
     pub dialled: AtomicU64,
     /// Sockets that reached an outbound listener without having been redirected.
     pub unattributed: AtomicU64,
+    /// Flows whose client showed an SVID, from an address of another account's pod.
+    pub misplaced: AtomicU64,
     /// Flows given up by their own client before they were decided.
     pub abandoned: AtomicU64,
     failures: Mutex<BTreeMap<&'static str, u64>>,

@@ -273,6 +273,18 @@ impl Tunnel {
             self.source_party(&state, client),
             destination_party(endpoint.as_deref(), asked),
         );
+        if let Some(holder) = self.other_holder(&state, client) {
+            // The certificate is what counts. But an SVID that is used from where another
+            // account's pod is may be a stolen one.
+            Counters::add(&plane.counters.misplaced);
+            tracing::warn!(
+                peer = %self.peer,
+                identity = %self.certified.id,
+                %holder,
+                "an SVID comes from an address of another account's pod"
+            );
+            records.note("addressOf", holder);
+        }
         let admitted = match place {
             Some(_) => self.admit(&incoming, client.ip(), |facts| registration.set_facts(facts)),
             None => Err(Refused::Limit(limit)),
@@ -406,6 +418,13 @@ impl Tunnel {
                 ..Party::unknown(client)
             },
         }
+    }
+
+    /// The pod that has the client's address, when it is of another account than the SVID.
+    fn other_holder(&self, state: &NodeState, client: SocketAddr) -> Option<String> {
+        let pod = state.world.pods.get(state.world.pods_by_ip.get(&client.ip())?)?;
+        let differs = identity_of(&state.world, pod).as_ref() != Some(&self.certified.id);
+        differs.then(|| format!("{}/{}", pod.name.namespace, pod.name.name))
     }
 
     /// Answers with the reason and records it.

@@ -159,6 +159,8 @@ pub struct Stats {
     pub abandoned: u64,
     /// Sockets that reached an outbound listener without having been redirected.
     pub unattributed: u64,
+    /// Flows whose client showed an SVID, from an address of another account's pod.
+    pub misplaced: u64,
     /// Failed dials, handshakes and connections by kind.
     pub failures: BTreeMap<&'static str, u64>,
 }
@@ -178,6 +180,7 @@ impl DataPlaneHandle {
             refused: counters.refused.load(Ordering::Relaxed),
             abandoned: counters.abandoned.load(Ordering::Relaxed),
             unattributed: counters.unattributed.load(Ordering::Relaxed),
+            misplaced: counters.misplaced.load(Ordering::Relaxed),
             failures: counters.failures(),
         }
     }

@@ -201,6 +201,28 @@ async fn egress_policy_refuses_before_anything_is_dialled() {
 }
 
 #[tokio::test]
+async fn an_svid_from_the_address_of_another_accounts_pod_is_told() {
+    let pair = Pair::new().await;
+    let listener = pair.listen().await;
+    pair.flow(&listener).await;
+    let first = pair.server.verdict("the pod's own address", forwarded).await;
+    let told = |record: &FlowRecord| record.extra.iter().any(|(key, _)| *key == "addressOf");
+    assert!(!told(&first), "{first:?}");
+    assert_eq!(pair.server.plane.stats().misplaced, 0);
+
+    let mut setup = pair.server_setup.clone();
+    let intruder = pod("intruder", CLIENT_IP, Mode::Strict);
+    setup.world = world(8, &[intruder, setup.pod.clone()], &[&setup.pod]);
+    pair.server.publish(&setup);
+    let (_client, _server) = pair.flow(&listener).await;
+    let second = pair.server.verdict("another account's", told).await;
+    assert!(second.extra.contains(&("addressOf", "shop/intruder-0".into())), "{second:?}");
+    assert_eq!(second.source.identity, Some(identity("frontend")), "the certificate counts");
+    assert!(forwarded(&second), "{second:?}");
+    assert_eq!(pair.server.plane.stats().misplaced, 1);
+}
+
+#[tokio::test]
 async fn an_open_flow_that_loses_its_right_is_reset_within_a_second() {
     for at_server in [true, false] {
         let pair = Pair::new().await;
