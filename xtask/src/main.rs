@@ -1,9 +1,10 @@
-//! Signet's chores: `cargo xtask setup | build | check | test | fuzz | demo`.
+//! Signet's chores: `cargo xtask setup | build | check | test | fuzz | bench | demo`.
 //!
 //! Progress goes to standard error, results to standard output. Exit codes are those of
 //! the product: 1 when the answer is no, 6 when this host cannot do what was asked.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod check;
 mod command;
 mod demo;
@@ -51,6 +52,8 @@ enum Chore {
     Test(test::Selection),
     /// Run the parsers of untrusted bytes under libFuzzer.
     Fuzz(fuzz::Options),
+    /// Build in the release profile and measure (as root).
+    Bench(bench::Options),
     /// Set up, build, and show Signet at work on two nodes made on this machine (as root).
     Demo(demo::Options),
 }
@@ -89,6 +92,7 @@ fn run(chore: Chore) -> anyhow::Result<()> {
         Chore::Check { rules } => check::run(&workspace, rules),
         Chore::Test(selection) => test::run(&workspace, &selection),
         Chore::Fuzz(options) => fuzz::run(&workspace, &options),
+        Chore::Bench(options) => bench::run(&workspace, &options),
         Chore::Demo(options) => demo::run(&workspace, &options),
     }
 }
