@@ -219,6 +219,23 @@ fn the_socket_is_alone_and_files_are_written_whole() -> Result<()> {
         let answer = fetch(lab, frontend.place(), &["jwt"])?;
         ensure!(answer.code() == 2 && answer.stderr.contains("--audience"), "{answer:?}");
 
+        // Following: each renewal is written, as a whole.
+        let endpoint = format!("SPIFFE_ENDPOINT_SOCKET=unix://{}", socket.display());
+        let binary = signet_binary()?.display().to_string();
+        let follow =
+            ["env", &endpoint, &binary, "svid", "fetch", "x509", "--write", &path, "--watch"];
+        let following = frontend.place().start_program("svid-watch", &follow)?;
+        let before = fs::read(target.join("svid.pem"))?;
+        signet_lab::eventually("a renewal is written", TIMEOUT, || {
+            Ok((fs::read(target.join("svid.pem"))? != before).then_some(()))
+        })?;
+        let written = || -> Result<_> { Ok(fs::read(target.join("svid.pem"))?) };
+        let second = written()?;
+        signet_lab::eventually("another one is", TIMEOUT, || {
+            Ok((written()? != second).then_some(()))
+        })?;
+        drop(following);
+
         // A file that cannot be written, a socket that is not there, an identity that waits.
         let answer = fetch(lab, frontend.place(), &["x509", "--write", "/proc/no"])?;
         ensure!(answer.code() == 3 && answer.stderr.contains("--write"), "{answer:?}");
