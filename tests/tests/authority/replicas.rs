@@ -1,15 +1,15 @@
 //! Replicas that share a store.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, fs, process::Command, sync::Arc, time::Duration};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use signet::{
     api_server::ApiServer as Client,
     authority::store::{SecretStore, open_or_create},
     config::authority::ObjectPath,
     spiffe::TrustDomain,
 };
-use signet_lab::api_server::ApiServer;
+use signet_lab::{api_server::ApiServer, authority, eventually};
 
 use crate::client::{Call, channel, populate, replica};
 
@@ -73,5 +73,165 @@ async fn a_certificate_of_one_replica_is_good_at_the_others() -> Result<()> {
         roots.insert(chain[2].clone());
     }
     ensure!((intermediates.len(), roots.len()) == (3, 1), "an intermediate each, one root");
+    Ok(())
+}
+
+#[test]
+fn a_rotation_in_a_secret_waits_for_ready_nodes_and_names_them() -> Result<()> {
+    let api = ApiServer::start()?;
+    populate(&api)?;
+    // A node that is not ready is not waited for.
+    api.apply(serde_json::json!({
+        "apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-3"},
+        "status": {"conditions": [{"type": "Ready", "status": "Unknown"}]},
+    }))?;
+    let timing = ["--refresh-hint", "1s", "--svid-ttl", "10s", "--max-ttl", "10s"];
+    let _one = replica(&api, "one", &timing)?;
+    let _two = replica(&api, "two", &timing)?;
+    let kubeconfig = api.kubeconfig().display().to_string();
+    let rotate = |further: &[&str]| {
+        let mut arguments = vec!["rotate-root", "--kubeconfig", &kubeconfig];
+        arguments.extend(["--store-secret", "signet-system/root"]);
+        arguments.extend(timing);
+        arguments.extend(further);
+        authority::command(&arguments)
+    };
+    let waiting = rotate(&["--timeout", "3s"])?;
+    ensure!(
+        waiting.code() == 1
+            && waiting.stderr.contains("node-1, node-2")
+            && !waiting.stderr.contains("node-3")
+            && waiting.stderr.contains("--exclude-node"),
+        "{} {}",
+        waiting.stdout,
+        waiting.stderr
+    );
+    let bundle = |name: &str| fs::read_to_string(api.directory().join(format!("{name}.pem")));
+    let roots = |name: &str| bundle(name).map(|text| text.matches("BEGIN CERTIFICATE").count());
+    eventually("both replicas publish both roots", Duration::from_secs(10), || {
+        Ok((roots("one")? == 2 && roots("two")? == 2).then_some(()))
+    })?;
+    let done =
+        rotate(&["--timeout", "60s", "--exclude-node", "node-1", "--exclude-node", "node-2"])?;
+    ensure!(
+        done.code() == 0 && done.stdout.contains("signing:"),
+        "{} {}",
+        done.stdout,
+        done.stderr
+    );
+    eventually("both replicas publish the new root alone", Duration::from_secs(10), || {
+        Ok((roots("one")? == 1 && bundle("one")? == bundle("two")?).then_some(()))
+    })?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_provided_authority_signs_and_is_not_rotated_here() -> Result<()> {
+    let api = ApiServer::start()?;
+    populate(&api)?;
+    let dir = tempfile::tempdir()?;
+    let run = |arguments: &[&str]| {
+        let output = Command::new("openssl").args(arguments).current_dir(dir.path()).output()?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        anyhow::Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    // As Istio's guide makes them: an RSA root, and an intermediate that may have one below it.
+    run(&[
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "30",
+        "-subj",
+        "/O=Org/CN=Root",
+        "-keyout",
+        "root-key.pem",
+        "-out",
+        "root-cert.pem",
+    ])?;
+    run(&[
+        "req",
+        "-new",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-subj",
+        "/O=Org/CN=Intermediate",
+        "-keyout",
+        "ca-key.pem",
+        "-out",
+        "ca.csr",
+    ])?;
+    fs::write(
+        dir.path().join("ext"),
+        "basicConstraints=critical,CA:TRUE,pathlen:1\nkeyUsage=critical,keyCertSign\n\
+         subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n",
+    )?;
+    run(&[
+        "x509",
+        "-req",
+        "-in",
+        "ca.csr",
+        "-CA",
+        "root-cert.pem",
+        "-CAkey",
+        "root-key.pem",
+        "-days",
+        "20",
+        "-extfile",
+        "ext",
+        "-out",
+        "ca-cert.pem",
+    ])?;
+    let chain = |names: [&str; 2]| -> Result<String> {
+        Ok(names.map(|n| fs::read_to_string(dir.path().join(n)).unwrap_or_default()).concat())
+    };
+    fs::write(dir.path().join("cert-chain.pem"), chain(["ca-cert.pem", "root-cert.pem"])?)?;
+
+    let ca_dir = dir.path().display().to_string();
+    let replica = replica(&api, "one", &["--ca-dir", &ca_dir])?;
+    let channel = channel(&replica, &dir.path().join("root-cert.pem")).await?;
+    let token = api.token(
+        "signet-system",
+        "signet-agent",
+        "signet-authority",
+        Some("agent-node-1"),
+        Duration::from_secs(600),
+    )?;
+    let answer = Call::good(&token).make(&channel).await?;
+    ensure!(answer.len() == 4, "leaf, our own, the provided one, roots: {}", answer.len());
+    fs::write(dir.path().join("leaf"), &answer[0])?;
+    fs::write(dir.path().join("between"), answer[1..3].concat())?;
+    let verified = run(&["verify", "-CAfile", "root-cert.pem", "-untrusted", "between", "leaf"])?;
+    ensure!(verified.contains("leaf: OK"), "{verified}");
+
+    let kubeconfig = api.kubeconfig().display().to_string();
+    let refused = authority::command(&[
+        "rotate-root",
+        "--kubeconfig",
+        &kubeconfig,
+        "--store-secret",
+        "signet-system/root",
+        "--ca-dir",
+        &ca_dir,
+    ])?;
+    ensure!(refused.code() == 3 && refused.stderr.contains("caDir"), "{}", refused.stderr);
+
+    // A key that is another's is told before anything is served.
+    fs::copy(dir.path().join("root-key.pem"), dir.path().join("ca-key.pem"))?;
+    let wrong = authority::command(&[
+        "--kubeconfig",
+        &kubeconfig,
+        "--store-secret",
+        "signet-system/root",
+        "--ca-dir",
+        &ca_dir,
+        "--listen",
+        "127.0.0.1:0",
+    ])
+    .context("it ends by itself")?;
+    ensure!(wrong.code() == 3 && wrong.stderr.contains("does not belong"), "{}", wrong.stderr);
     Ok(())
 }
