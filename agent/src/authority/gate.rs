@@ -3,7 +3,10 @@
 
 use std::{
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll},
     time::Instant,
 };
@@ -28,12 +31,40 @@ pub struct GateLayer {
 struct Gate {
     callers: Arc<dyn CallerAuth>,
     limits: Limits,
+    unknown: UnknownCallers,
+}
+
+/// Audit lines about callers that nobody knows: whoever can connect could otherwise fill the
+/// log. What is left out is counted in the next line that is written.
+struct UnknownCallers {
+    lines: Limits,
+    left_out: AtomicU64,
+}
+
+/// Audit lines about unknown callers: a second, in the long run, and at once.
+const UNKNOWN_LINES: (u32, u32) = (20, 200);
+
+impl UnknownCallers {
+    fn new() -> Self {
+        Self { lines: Limits::new(UNKNOWN_LINES.0, UNKNOWN_LINES.1), left_out: AtomicU64::new(0) }
+    }
+
+    /// How many lines were left out before this one; `None`: this one is left out too.
+    fn line(&self, now: Instant) -> Option<u64> {
+        match self.lines.take(&"".into(), now) {
+            Ok(()) => Some(self.left_out.swap(0, Ordering::Relaxed)),
+            Err(_) => {
+                self.left_out.fetch_add(1, Ordering::Relaxed);
+                None
+            }
+        }
+    }
 }
 
 impl GateLayer {
     /// Lets through whom `callers` knows, as often as `limits` says.
     pub fn new(callers: Arc<dyn CallerAuth>, limits: Limits) -> Self {
-        Self { gate: Arc::new(Gate { callers, limits }) }
+        Self { gate: Arc::new(Gate { callers, limits, unknown: UnknownCallers::new() }) }
     }
 }
 
@@ -78,6 +109,11 @@ where
                 }
                 Err((node, status)) => {
                     let peer = request.extensions().get::<Peer>().map(|p| p.0);
+                    let left_out = match &node {
+                        Some(_) => Some(0),
+                        None => gate.unknown.line(Instant::now()),
+                    };
+                    let Some(left_out) = left_out else { return Ok(status.into_http()) };
                     tracing::warn!(
                         target: AUDIT,
                         outcome = "refused",
@@ -86,6 +122,7 @@ where
                         reason = reason(&status),
                         node = node.as_deref(),
                         peer = peer.map(tracing::field::display),
+                        left_out = (left_out > 0).then_some(left_out),
                         error = status.message(),
                         "request refused"
                     );
@@ -129,5 +166,23 @@ fn reason(status: &Status) -> &'static str {
         tonic::Code::Unauthenticated => "unauthenticated",
         tonic::Code::ResourceExhausted => "rate",
         _ => "unavailable",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn unknown_callers_do_not_fill_the_log() {
+        let unknown = UnknownCallers::new();
+        let start = Instant::now();
+        let written = (0..1000).filter(|_| unknown.line(start).is_some()).count();
+        assert_eq!(written, 200);
+        let later = start + Duration::from_secs(1);
+        assert_eq!(unknown.line(later), Some(800), "what was left out is told");
+        assert_eq!(unknown.line(later), Some(0));
     }
 }

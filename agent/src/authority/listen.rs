@@ -2,10 +2,11 @@
 //! handshakes and connections.
 
 use std::{
+    collections::HashMap,
     fmt, io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
     time::Duration,
 };
@@ -34,6 +35,45 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 const MAX_HANDSHAKES: usize = 256;
 /// Connections at the same time.
 const MAX_CONNECTIONS: usize = 4096;
+
+/// Connections from one address at the same time: nobody takes all of them.
+const MAX_PER_SOURCE: usize = 128;
+
+/// How many connections each address has.
+#[derive(Clone, Default)]
+struct Sources(Arc<Mutex<HashMap<IpAddr, usize>>>);
+
+/// One connection of an address; gone with it.
+struct Share {
+    sources: Sources,
+    source: IpAddr,
+}
+
+impl Sources {
+    /// Room for one more, or `None`.
+    fn enter(&self, source: IpAddr) -> Option<Share> {
+        let source = source.to_canonical();
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let held = all.entry(source).or_default();
+        if *held >= MAX_PER_SOURCE {
+            return None;
+        }
+        *held += 1;
+        Some(Share { sources: self.clone(), source })
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        let mut all = self.sources.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(held) = all.get_mut(&self.source) {
+            *held -= 1;
+            if *held == 0 {
+                all.remove(&self.source);
+            }
+        }
+    }
+}
 
 /// Where a connection comes from.
 #[derive(Clone, Copy, Debug)]
@@ -79,6 +119,7 @@ pub fn accept(
         let acceptor = TlsAcceptor::from(tls);
         let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
         let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let sources = Sources::default();
         loop {
             let Ok(room) = connections.clone().acquire_owned().await else { return };
             let Ok(turn) = handshakes.clone().acquire_owned().await else { return };
@@ -95,6 +136,10 @@ pub fn accept(
                     continue;
                 }
             };
+            let Some(share) = sources.enter(peer.ip()) else {
+                tracing::debug!(%peer, "too many connections from this address");
+                continue;
+            };
             let (acceptor, sender) = (acceptor.clone(), sender.clone());
             tokio::spawn(async move {
                 let _ = stream.set_nodelay(true);
@@ -102,7 +147,7 @@ pub fn accept(
                 drop(turn);
                 match shaken {
                     Ok(Ok(stream)) => {
-                        let connection = Connection { stream, peer, _room: room };
+                        let connection = Connection { stream, peer, _room: (room, share) };
                         let _ = sender.send(Ok(connection)).await;
                     }
                     Ok(Err(error)) => tracing::debug!(%peer, %error, "no TLS handshake"),
@@ -118,7 +163,7 @@ pub fn accept(
 pub struct Connection {
     stream: TlsStream<TcpStream>,
     peer: SocketAddr,
-    _room: OwnedSemaphorePermit,
+    _room: (OwnedSemaphorePermit, Share),
 }
 
 impl Connection {
@@ -161,5 +206,23 @@ impl AsyncWrite for Connection {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_address_does_not_take_all_connections() {
+        let sources = Sources::default();
+        let (a, b): (IpAddr, IpAddr) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
+        let held: Vec<Share> = (0..MAX_PER_SOURCE).map(|_| sources.enter(a).unwrap()).collect();
+        assert!(sources.enter(a).is_none());
+        assert!(sources.enter("::ffff:10.0.0.1".parse().unwrap()).is_none(), "the same address");
+        assert!(sources.enter(b).is_some(), "another one has room");
+        drop(held);
+        assert!(sources.enter(a).is_some());
+        assert!(sources.0.lock().unwrap().is_empty(), "nothing is remembered");
     }
 }
