@@ -686,6 +686,24 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn two_minutes_of_skew_work_and_ten_are_told() {
+        for (minutes, works) in [(-2, true), (2, true), (-10, false)] {
+            let skew = SignedDuration::from_mins(minutes);
+            let clock = Arc::new(move || Timestamp::now() + skew) as Clock;
+            let (_, handle) = start(TestIssuer::new(), SvidParams { clock, ..quick() });
+            handle.want(ids(["a"]));
+            if works {
+                until(&handle, "an SVID", |h| h.get(&id("a")).is_some()).await;
+                continue;
+            }
+            until(&handle, "failure", |h| h.status().first().is_some_and(|s| s.failures > 0)).await;
+            let error = handle.status()[0].last_error.clone().unwrap();
+            assert!(error.contains("compare this node's clock"), "{error}");
+            assert!(handle.get(&id("a")).is_none());
+        }
+    }
+
+    #[tokio::test]
     async fn ends_with_its_last_handle() {
         let (issuer, handle) = start(TestIssuer::new(), quick());
         let other = handle.clone();
