@@ -20,7 +20,7 @@ const AUTHORITY_INDEX: usize = 1;
 
 /// Follows a connection's bytes and corrects them.
 #[derive(Debug)]
-pub(super) struct AuthorityFilter {
+pub struct AuthorityFilter {
     state: State,
     /// A frame's header, or a HEADERS frame that is not complete yet.
     frame: Vec<u8>,
@@ -38,12 +38,12 @@ enum State {
 
 impl AuthorityFilter {
     /// At a connection's beginning.
-    pub(super) fn new() -> Self {
+    pub fn new() -> Self {
         Self { state: State::Pass(PREFACE), frame: Vec::new() }
     }
 
     /// Takes bytes that came; puts what may go on behind `out`.
-    pub(super) fn feed(&mut self, mut input: &[u8], out: &mut Vec<u8>) {
+    pub fn feed(&mut self, mut input: &[u8], out: &mut Vec<u8>) {
         while !input.is_empty() {
             match self.state {
                 State::Pass(left) => {
@@ -65,7 +65,7 @@ impl AuthorityFilter {
     }
 
     /// The connection has ended: what is held goes on as it is.
-    pub(super) fn end(&mut self, out: &mut Vec<u8>) {
+    pub fn end(&mut self, out: &mut Vec<u8>) {
         out.append(&mut self.frame);
     }
 
@@ -91,6 +91,12 @@ impl AuthorityFilter {
             out.append(&mut self.frame);
             self.state = State::Head;
         }
+    }
+}
+
+impl Default for AuthorityFilter {
+    fn default() -> Self {
+        Self::new()
     }
 }
 

@@ -6,7 +6,7 @@
 
 mod answers;
 mod attest;
-mod authority;
+pub mod authority;
 mod connections;
 mod counters;
 mod entries;

@@ -18,6 +18,7 @@ use signet::{
     spiffe::{SpiffeId, TrustDomain, bundle::Bundle, jwks::SpiffeBundle, jwt::JwtSvid, leaf::Leaf},
     trust::federation,
     tunnel::hbone::head::{Open, parse_address},
+    workload_api::authority::AuthorityFilter,
 };
 use signet_ebpf::abi::{Event, IDENTITY_NAME_LEN, IdentityName};
 
@@ -60,6 +61,14 @@ pub const TARGETS: &[Target] = &[
         seeds: &[
             b"eyJhbGciOiJFUzI1NiIsImtpZCI6ImEifQ.eyJzdWIiOiJzcGlmZmU6Ly90ZC93IiwiYXVkIjpbIngiXSwiZXhwIjo5OTk5OTk5OTk5fQ.AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
             b"e30.e30.",
+        ],
+    },
+    Target {
+        name: "authority-filter",
+        run: authority_filter,
+        seeds: &[
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x0d\x01\x04\x00\x00\x00\x01\x41\x0btmp%2Fw.sock",
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x09\x01\x2c\x00\x00\x00\x01\x01PRIO!\x01\x01%%",
         ],
     },
     Target { name: "yaml", run: yaml, seeds: &[b"a: [b, {c: 1}]\n", b"- &a x\n- *a\n", b"{"] },
@@ -151,6 +160,21 @@ fn jwks(data: &[u8]) -> bool {
 
 fn jwt(data: &[u8]) -> bool {
     text(data).is_some_and(|token| JwtSvid::parse_unverified(token).is_ok())
+}
+
+/// True when it corrected something. No length changes, and nothing but percent signs does.
+fn authority_filter(data: &[u8]) -> bool {
+    let through = |pieces: &mut dyn Iterator<Item = &[u8]>| {
+        let (mut filter, mut out) = (AuthorityFilter::new(), Vec::new());
+        pieces.for_each(|piece| filter.feed(piece, &mut out));
+        filter.end(&mut out);
+        out
+    };
+    let out = through(&mut std::iter::once(data));
+    assert_eq!(out, through(&mut data.chunks(3)), "the pieces that bytes come in do not count");
+    assert_eq!(out.len(), data.len());
+    assert!(data.iter().zip(&out).all(|(was, is)| was == is || (*was, *is) == (b'%', b'-')));
+    out != data
 }
 
 fn yaml(data: &[u8]) -> bool {
