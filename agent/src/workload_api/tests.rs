@@ -167,7 +167,11 @@ impl Scene {
                 has_peer_pidfd: options.has_peer_pidfd,
                 limits: options.limits,
             },
-            SvidParams { first_retry: Duration::from_millis(20), ..SvidParams::default() },
+            SvidParams {
+                first_retry: Duration::from_millis(20),
+                longest_retry: Duration::from_millis(100),
+                ..SvidParams::default()
+            },
         );
         let stop = CancellationToken::new();
         tokio::spawn(api.serve(stop.clone().cancelled_owned()));
