@@ -39,6 +39,8 @@ pub struct CompileInput<'a> {
     pub default_deny: bool,
     /// The cluster's own trust domain.
     pub trust_domain: &'a TrustDomain,
+    /// Other names of it.
+    pub aliases: &'a [TrustDomain],
     /// Every identity that an address entry may carry, with its kernel number.
     pub identities: &'a [(u32, SpiffeId)],
     /// A policy's kernel number; never 0.
@@ -128,6 +130,7 @@ fn compile_direction(
                     let facts = FlowFacts {
                         direction,
                         trust_domain: input.trust_domain,
+                        aliases: input.aliases,
                         peer,
                         peer_ip: representative,
                         port,

@@ -18,7 +18,8 @@
 //! Namespaces and service accounts are those of our own trust domain. An identity pattern
 //! that does not spell a trust domain out (`*`, `*/sa/frontend`, `spiffe://clu*`) means our
 //! own where matching widens access, every domain where it narrows it. A foreign identity
-//! comes in only where an ALLOW names its domain.
+//! comes in only where an ALLOW names its domain. An alias of our own domain is our own, in
+//! identities as in patterns.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -34,6 +35,8 @@ pub struct FlowFacts<'a> {
     pub direction: Direction,
     /// The cluster's own trust domain.
     pub trust_domain: &'a TrustDomain,
+    /// Other names of it: identities of these domains are our own.
+    pub aliases: &'a [TrustDomain],
     /// The other side.
     pub peer: PeerIdentity<'a>,
     /// The other side's address (IPv4-mapped ones count as IPv4).
@@ -182,14 +185,15 @@ fn peer_matches(
             && peer.service_accounts.is_empty();
     };
     let domain = id.trust_domain();
-    let own = domain == *facts.trust_domain;
+    let own = is_own(&domain, facts);
     if allow && !own && !peer.identities.iter().any(|p| names_domain(p, &domain)) {
         return false;
     }
     let any_identity = |patterns: &[Arc<str>], everywhere: bool| {
         patterns.iter().any(|pattern| {
-            pattern_matches(pattern, id.as_str())
-                && (own || everywhere || names_domain(pattern, &domain))
+            (pattern_matches(pattern, id.as_str())
+                && (own || everywhere || names_domain(pattern, &domain)))
+                || (own && matches_other_name(pattern, id, facts))
         })
     };
     if !peer.identities.is_empty() && !any_identity(&peer.identities, !allow) {
@@ -226,9 +230,23 @@ fn is_foreign(facts: &FlowFacts<'_>) -> bool {
     match facts.peer {
         PeerIdentity::Unknown => false,
         PeerIdentity::Address(id) | PeerIdentity::Authenticated(id) => {
-            id.trust_domain() != *facts.trust_domain
+            !is_own(&id.trust_domain(), facts)
         }
     }
+}
+
+/// True for the cluster's own trust domain under any of its names.
+fn is_own(domain: &TrustDomain, facts: &FlowFacts<'_>) -> bool {
+    domain == facts.trust_domain || facts.aliases.contains(domain)
+}
+
+/// True when the pattern matches an identity of our own domain under another of its names: a
+/// policy may be written before or after the domain got its present one.
+fn matches_other_name(pattern: &str, id: &SpiffeId, facts: &FlowFacts<'_>) -> bool {
+    !facts.aliases.is_empty()
+        && std::iter::once(facts.trust_domain)
+            .chain(facts.aliases)
+            .any(|name| pattern_matches(pattern, &format!("spiffe://{name}{}", id.path())))
 }
 
 /// `*` any, `*suffix` (a leading star goes first), `prefix*`, else exact.

@@ -18,7 +18,7 @@ use super::{
     judge::{Facts, Judgement, judge},
     plane::Core,
     records::{FlowRecords, pod_party},
-    resolve::identity_of,
+    resolve::{identity_of, names_of},
     served::Served,
 };
 use crate::{
@@ -423,7 +423,8 @@ impl Tunnel {
     /// The pod that has the client's address, when it is of another account than the SVID.
     fn other_holder(&self, state: &NodeState, client: SocketAddr) -> Option<String> {
         let pod = state.world.pods.get(state.world.pods_by_ip.get(&client.ip())?)?;
-        let differs = identity_of(&state.world, pod).as_ref() != Some(&self.certified.id);
+        let identity = identity_of(&state.world, pod)?;
+        let differs = !names_of(&identity, &state.world.federation).contains(&self.certified.id);
         differs.then(|| format!("{}/{}", pod.name.namespace, pod.name.name))
     }
 

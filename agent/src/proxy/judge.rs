@@ -59,6 +59,7 @@ pub fn judge(state: &NodeState, endpoint: &EndpointState, facts: &Facts) -> Judg
     let facts = FlowFacts {
         direction: facts.direction,
         trust_domain: &state.world.trust_domain,
+        aliases: &state.world.federation.aliases,
         peer,
         peer_ip: facts.peer_ip,
         port: facts.port,

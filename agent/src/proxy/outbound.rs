@@ -19,7 +19,7 @@ use super::{
     open_flows::Registration,
     plane::Core,
     records::{FlowRecords, pod_party},
-    resolve::{Path, Route, RouteError, Source, route},
+    resolve::{Path, Route, RouteError, Source, names_of, route},
     served::Served,
 };
 use crate::{
@@ -307,7 +307,7 @@ impl Outbound<'_> {
     async fn establish(&self, admitted: &Admitted) -> Result<Onward, Refused> {
         let plane = &self.core.plane;
         let expected = match &admitted.route.path {
-            Path::Tunnel(identity) => [identity.clone()].into(),
+            Path::Tunnel(identity) => names_of(identity, &admitted.state.world.federation),
             Path::Remote(identities) => identities.clone(),
             Path::Direct(_) => {
                 let destination = admitted.route.destination;

@@ -13,7 +13,8 @@ use signet_ebpf::abi::{Mode, Reason, proto};
 
 use crate::{
     cluster::model::{Endpoint, ObjectName, Pod, Ranges, Service, World},
-    spiffe::SpiffeId,
+    spiffe::{SpiffeId, TrustDomain},
+    trust::federation::Federation,
 };
 
 /// Who dials.
@@ -246,6 +247,15 @@ fn remote_peers(world: &World, ip: IpAddr) -> Option<Arc<[SpiffeId]>> {
 pub fn identity_of(world: &World, pod: &Pod) -> Option<SpiffeId> {
     SpiffeId::for_service_account(&world.trust_domain, &pod.name.namespace, &pod.service_account)
         .ok()
+}
+
+/// The identity under every name of our own domain: while the domain gets a new one, the
+/// peer's node may still have SVIDs of the old one, or have the new ones already.
+pub fn names_of(identity: &SpiffeId, federation: &Federation) -> Arc<[SpiffeId]> {
+    let renamed = |domain: &TrustDomain| {
+        SpiffeId::parse(&format!("spiffe://{domain}{}", identity.path())).ok()
+    };
+    std::iter::once(identity.clone()).chain(federation.aliases.iter().filter_map(renamed)).collect()
 }
 
 /// True when the most specific range that holds `ip` is the pods' or the Services'; an

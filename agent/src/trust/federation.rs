@@ -14,6 +14,7 @@
 //! - cidr: 198.51.100.0/24
 //!   trustDomain: partner.example
 //!   identities: ["spiffe://partner.example/ns/prod/sa/api"]
+//! trustDomainAliases: [other.example]              # the same workloads under another name
 //! ```
 
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, sync::Arc};
@@ -33,6 +34,8 @@ use crate::{
 const MAX_DOMAINS: usize = 256;
 /// Most ranges of remote peers.
 const MAX_REMOTES: usize = 1024;
+/// Most other names of our own domain.
+const MAX_ALIASES: usize = 8;
 /// Most identities of one range.
 const MAX_IDENTITIES: usize = 256;
 
@@ -43,6 +46,8 @@ pub struct Federation {
     pub domains: BTreeMap<TrustDomain, BundleSource>,
     /// Peers outside the cluster that are dialled through tunnels.
     pub remotes: Vec<RemotePeers>,
+    /// Other names of our own domain, while it gets a new one; each has a bundle in `domains`.
+    pub aliases: Vec<TrustDomain>,
 }
 
 /// Where a foreign domain's bundle comes from (SPIFFE Federation, section 5).
@@ -96,8 +101,10 @@ impl Federation {
 pub fn read(text: &str, own: &TrustDomain) -> Result<Federation, Fault> {
     let mut federation = Federation::default();
     let Some(root) = yaml::parse_one(text)? else { return Ok(federation) };
-    root.known_fields(&["trustDomains", "remotePeers"], |field, node| {
-        if field == "trustDomains" {
+    root.known_fields(&["trustDomains", "remotePeers", "trustDomainAliases"], |field, node| {
+        if field == "trustDomainAliases" {
+            federation.aliases = node.list(MAX_ALIASES, parse_domain)?;
+        } else if field == "trustDomains" {
             for (node, (domain, source)) in
                 node.list(MAX_DOMAINS, |n| Ok((n.line, read_domain(n, own)?)))?
             {
@@ -113,6 +120,16 @@ pub fn read(text: &str, own: &TrustDomain) -> Result<Federation, Fault> {
         }
         Ok(())
     })?;
+    for alias in &federation.aliases {
+        let message = if alias == own {
+            format!("{alias} is the domain's present name; take it out")
+        } else if !federation.domains.contains_key(alias) {
+            format!("there is no bundle of {alias}; add it to trustDomains")
+        } else {
+            continue;
+        };
+        return Err(Fault::new(root.line, message).within("trustDomainAliases"));
+    }
     for remote in &federation.remotes {
         let domain = remote.identities[0].trust_domain();
         if !federation.domains.contains_key(&domain) {
@@ -356,6 +373,10 @@ mod tests {
             &remote("trustDomain: cluster.local, identities: [\"spiffe://cluster.local/x\"]"),
             "own domain",
         );
+        bad("trustDomainAliases: [old.example]\n", "no bundle of old.example");
+        bad("trustDomainAliases: [cluster.local]\n", "present name");
+        let aliased = format!("{WEB}trustDomainAliases: [a.example]\n");
+        assert_eq!(good(&aliased).aliases[0].as_str(), "a.example");
         bad(&remote("trustDomain: b, identities: [\"spiffe://b/x\"]"), "no bundle");
     }
 

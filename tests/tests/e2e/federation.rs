@@ -180,3 +180,29 @@ fn a_remote_peer_that_proves_another_name_gets_nothing() -> Result<()> {
     };
     test().inspect_err(|_| eprintln!("{}", lab.agent_logs(60)))
 }
+
+#[test]
+fn an_alias_of_the_domain_is_the_domain() -> Result<()> {
+    let Pair { lab, client, server } = Pair::start()?;
+    let test = || -> Result<()> {
+        allow(&lab, json!({"namespaces": ["prod"]}))?;
+        federate(&lab, &[SERVER])?;
+        // The control: another domain's namespace is not ours.
+        verdict_soon(&lab, &client, &server, "policy_no_match")?;
+        let bundle = lab.directory().join("first.pem").display().to_string();
+        write(
+            lab.second_cluster()?,
+            &json!({
+                "trustDomains": [{"name": "cluster.local", "bundle": bundle}],
+                "trustDomainAliases": ["cluster.local"],
+            }),
+        )?;
+        answered_soon(&client, server.at(TCP))?;
+        let flow = lab.agent("node-2")?.wait_flow("under its own name", &[], |flow| {
+            flow.reporter == "destination" && flow.is("FORWARDED", "allowed")
+        })?;
+        ensure!(flow.source.identity.as_deref() == Some(CLIENT), "{flow}");
+        Ok(())
+    };
+    test().inspect_err(|_| eprintln!("{}", lab.agent_logs(60)))
+}

@@ -12,7 +12,7 @@ use crate::{
         compile::{CompileInput, compile},
         model::Policy,
     },
-    spiffe::SpiffeId,
+    spiffe::{SpiffeId, TrustDomain},
 };
 
 /// What a compiled policy was compiled from.
@@ -22,6 +22,7 @@ pub(super) struct CompiledFrom {
     default_deny: bool,
     observe: bool,
     identities: Arc<BTreeSet<u32>>,
+    aliases: Vec<TrustDomain>,
 }
 
 impl Planner<'_> {
@@ -45,6 +46,7 @@ impl Planner<'_> {
                 default_deny: endpoint.default_deny,
                 observe: endpoint.mode == Mode::Observe,
                 identities: identities.clone(),
+                aliases: world.federation.aliases.clone(),
             };
             if let Some((compiled_from, entries)) = numbers.compiled.get(netns)
                 && *compiled_from == from
@@ -57,6 +59,7 @@ impl Planner<'_> {
                     policies,
                     default_deny,
                     trust_domain: &world.trust_domain,
+                    aliases: &world.federation.aliases,
                     identities: &known,
                     number: &|name| numbers.policies.number(name),
                     observe: from.observe,

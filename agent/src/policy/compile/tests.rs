@@ -85,6 +85,7 @@ fn compiled(policies: &[Arc<Policy>], default_deny: bool, observe: bool) -> Vec<
         policies,
         default_deny,
         trust_domain: &domain(),
+        aliases: &[],
         identities: &identities(),
         number: &number_of,
         observe,
@@ -272,6 +273,7 @@ proptest! {
             let wanted = evaluate(&policies, default_deny, &FlowFacts {
                 direction,
                 trust_domain: &domain,
+                aliases: &[],
                 peer,
                 peer_ip: ip,
                 port,
@@ -373,6 +375,7 @@ fn too_many_entries_are_refused_with_a_reason() {
             policies: &policies,
             default_deny: false,
             trust_domain: &domain(),
+            aliases: &[],
             identities: &identities(),
             number: &number_of,
             observe: false,

@@ -56,6 +56,7 @@ fn judge_in(
     let facts = FlowFacts {
         direction,
         trust_domain: &domain(),
+        aliases: &[],
         peer,
         peer_ip: ip.parse().unwrap(),
         port,
@@ -267,6 +268,7 @@ fn audit_reports_and_changes_nothing() {
     let facts = |id| FlowFacts {
         direction: Direction::Ingress,
         trust_domain: Box::leak(Box::new(domain())),
+        aliases: &[],
         peer: PeerIdentity::Authenticated(id),
         peer_ip: "10.0.0.1".parse().unwrap(),
         port: 80,
@@ -278,6 +280,44 @@ fn audit_reports_and_changes_nothing() {
     assert!(outcome.is_allowed() && outcome.policy.is_none());
     assert_eq!(outcome.audit.unwrap().name.to_string(), "IdentityPolicy/shop/p0");
     assert!(evaluate(&all, false, &facts(&front)).audit.is_none());
+}
+
+#[test]
+fn an_alias_is_our_own_domain_in_identities_and_in_patterns() {
+    let old = TrustDomain::parse("old.example").unwrap();
+    let renamed = |id: &str| {
+        let path = SpiffeId::parse(id).unwrap().path().to_owned();
+        SpiffeId::parse(&format!("spiffe://old.example{path}")).unwrap()
+    };
+    let judged = |spec: &str, id: &SpiffeId, aliases: &[TrustDomain]| {
+        let domain = domain();
+        let facts = FlowFacts {
+            direction: Direction::Ingress,
+            trust_domain: &domain,
+            aliases,
+            peer: PeerIdentity::Authenticated(id),
+            peer_ip: "10.0.0.1".parse().unwrap(),
+            port: 80,
+            protocol: 6,
+        };
+        evaluate(&policies(&[spec]), false, &facts).reason
+    };
+    let (front, was) = (SpiffeId::parse(FRONT).unwrap(), renamed(FRONT));
+    let aliases = std::slice::from_ref(&old);
+    let by_namespace = "{ingress: [{from: [{namespaces: [shop]}]}]}";
+    assert_eq!(judged(by_namespace, &was, &[]), PolicyNoMatch, "without the alias it is foreign");
+    assert_eq!(judged(by_namespace, &was, aliases), Allowed);
+    let by_name = |id: &SpiffeId| format!("{{ingress: [{{from: [{{identities: [\"{id}\"]}}]}}]}}");
+    for (pattern, peer) in [(&front, &was), (&was, &front), (&was, &was), (&front, &front)] {
+        assert_eq!(judged(&by_name(pattern), peer, aliases), Allowed, "{pattern} {peer}");
+    }
+    assert_eq!(judged(&by_name(&was), &front, &[]), PolicyNoMatch);
+    // Neither widens what a DENY spares, nor what another account may.
+    let deny = "{action: Deny, ingress: [{from: [{notNamespaces: [shop]}]}]}";
+    assert_eq!(judged(deny, &was, aliases), Allowed);
+    assert_eq!(judged(&by_name(&front), &renamed(EVIL), aliases), PolicyNoMatch);
+    let third = SpiffeId::parse("spiffe://third.example/ns/shop/sa/frontend").unwrap();
+    assert_eq!(judged(by_namespace, &third, aliases), PolicyNoMatch);
 }
 
 #[test]

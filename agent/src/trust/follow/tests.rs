@@ -26,7 +26,7 @@ fn jwks(bundle: Bundle, hint: Option<u64>) -> String {
 
 fn federation(source: Option<BundleSource>) -> Arc<Federation> {
     let domains = source.into_iter().map(|source| (domain(), source)).collect();
-    Arc::new(Federation { domains, remotes: Vec::new() })
+    Arc::new(Federation { domains, ..Federation::default() })
 }
 
 struct Scene {
