@@ -5,10 +5,11 @@ use std::net::SocketAddr;
 
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
-use signet_lab::traffic::Role;
+use signet_lab::{eventually, traffic::Role};
 
 use crate::mesh::{
-    Mesh, TCP, TIMEOUT, answered, answered_soon, refused, refused_soon, server, verdict, with_logs,
+    CHANGE, Mesh, TCP, TIMEOUT, answered, answered_soon, refused, refused_soon, server, verdict,
+    with_logs,
 };
 
 /// An IdentityPolicy of `shop` with egress rules of `frontend`.
@@ -102,7 +103,13 @@ fn an_allowed_list_holds_for_pods_services_and_the_outside() -> Result<()> {
         // endpoint that is chosen has.
         lab.cluster()
             .apply(policy("Deny", json!([{"to": [{"notServiceAccounts": ["payments"]}]}])))?;
-        refused_soon(frontend, other.at(TCP))?;
+        // Refused before as after: the reason tells which policy is in force.
+        eventually("the denial is in force", CHANGE, || {
+            refused(frontend, elsewhere[0], "denied")?;
+            let flows = lab.agent("node-1")?.flows(&["--reason", "policy_deny"])?;
+            Ok((!flows.is_empty()).then_some(()))
+        })?;
+        refused(frontend, other.at(TCP), "denied")?;
         answered(frontend, payments.at(TCP), "allowed")?;
         for to in &vips {
             http(to)?;
@@ -111,8 +118,20 @@ fn an_allowed_list_holds_for_pods_services_and_the_outside() -> Result<()> {
             .apply(policy("Deny", json!([{"to": [{"serviceAccounts": ["payments"]}]}])))?;
         refused_soon(frontend, payments.at(TCP))?;
         for to in &vips {
-            ensure!(http(to).is_err(), "a denied account behind {to}");
+            // A right is taken away in the kernel first; the proxy follows within a moment.
+            eventually(&format!("a denied account behind {to} is refused"), CHANGE, || {
+                Ok(http(to).is_err().then_some(()))
+            })?;
         }
+        verdict(
+            lab,
+            "node-1",
+            "source",
+            "shop/frontend",
+            "shop/payments",
+            "DROPPED",
+            "policy_deny",
+        )?;
         Ok(())
     })
 }
