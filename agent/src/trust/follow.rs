@@ -87,8 +87,12 @@ pub async fn run(
     let mut followed: BTreeMap<TrustDomain, (BundleSource, Following)> = BTreeMap::new();
     loop {
         let wanted = federation.borrow_and_update().clone();
-        followed.retain(|domain, (source, _)| {
+        followed.retain(|domain, (source, following)| {
             let kept = wanted.domains.get(domain) == Some(source);
+            if !kept {
+                // First: its task may be about to set what it has read.
+                following.end();
+            }
             if !wanted.domains.contains_key(domain) {
                 tracing::info!(trust_domain = %domain, "federated no longer");
                 trust.remove(domain);
@@ -136,12 +140,18 @@ impl Following {
     }
 }
 
-impl Drop for Following {
-    fn drop(&mut self) {
-        // Aborting takes effect at the task's next pause; what it holds by then must not be
-        // set after the domain was removed.
+impl Following {
+    /// Ends the task; what it holds by then is not set any more. (Aborting alone takes effect
+    /// at the task's next pause.)
+    fn end(&self) {
         *self.live.lock().unwrap_or_else(PoisonError::into_inner) = false;
         self.task.abort();
+    }
+}
+
+impl Drop for Following {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 
