@@ -10,6 +10,7 @@ pub mod events;
 pub mod features;
 mod flow_sockets;
 pub mod maps;
+pub mod memory;
 mod pins;
 mod programs;
 #[cfg(test)]

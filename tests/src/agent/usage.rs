@@ -13,8 +13,11 @@ pub struct Usage {
     pub descriptors: usize,
     /// Threads.
     pub threads: usize,
-    /// Resident memory in bytes.
+    /// Resident memory in bytes, of all kinds.
     pub resident: u64,
+    /// What of it is the program's text and other files, in bytes: it comes with the first use of
+    /// each page, and the kernel takes it back whenever it likes.
+    pub of_files: u64,
 }
 
 impl Usage {
@@ -25,13 +28,21 @@ impl Usage {
             Ok(fs::read_dir(&path).with_context(|| path.clone())?.count())
         };
         let status = fs::read_to_string(format!("/proc/{pid}/status")).context("status")?;
-        let kilobytes: u64 = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:"))
-            .and_then(|rest| rest.split_whitespace().next())
-            .and_then(|n| n.parse().ok())
-            .context("VmRSS")?;
-        Ok(Self { descriptors: count("fd")?, threads: count("task")?, resident: kilobytes * 1024 })
+        let bytes = |row: &'static str| -> Result<u64> {
+            let kilobytes: u64 = status
+                .lines()
+                .find_map(|line| line.strip_prefix(row)?.strip_prefix(':'))
+                .and_then(|rest| rest.split_whitespace().next())
+                .and_then(|n| n.parse().ok())
+                .context(row)?;
+            Ok(kilobytes * 1024)
+        };
+        Ok(Self {
+            descriptors: count("fd")?,
+            threads: count("task")?,
+            resident: bytes("VmRSS")?,
+            of_files: bytes("RssFile")?,
+        })
     }
 }
 
