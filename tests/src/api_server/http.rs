@@ -42,16 +42,21 @@ impl IntoResponse for Refusal {
 
 /// Who is let in, and when.
 async fn admit(Extract(shared): Extract<Arc<Shared>>, request: Request, next: Next) -> Response {
-    let (down, delay) = {
+    let (down, delay, gathering) = {
         let mut state = shared.state();
         let last = request.uri().path().split('/').rfind(|part| {
             KINDS.iter().any(|(plural, ..)| plural == part) || *part == "tokenreviews"
         });
         let what = format!("{} {}", request.method(), last.unwrap_or("other"));
+        let gathering = state.gathering.as_ref().filter(|(of, _)| *of == what);
+        let gathering = gathering.map(|(_, barrier)| Arc::clone(barrier));
         *state.requests.entry(what).or_default() += 1;
-        (state.down, state.delay)
+        (state.down, state.delay, gathering)
     };
     tokio::time::sleep(delay).await;
+    if let Some(barrier) = gathering {
+        barrier.wait().await;
+    }
     let wanted = format!("Bearer {}", shared.client_token);
     if request.headers().get(header::AUTHORIZATION).is_none_or(|value| value != wanted.as_str()) {
         return Refusal::new(401, "Unauthorized", "Unauthorized").into_response();

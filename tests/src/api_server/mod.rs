@@ -21,7 +21,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow};
 use serde_json::{Value, json};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Barrier, oneshot, watch};
 
 use self::{objects::Objects, tokens::Tokens};
 
@@ -53,6 +53,8 @@ struct State {
     delay: Duration,
     /// Requests by method and resource, for assertions.
     requests: BTreeMap<String, usize>,
+    /// Requests of this method and resource wait for each other here.
+    gathering: Option<(String, Arc<Barrier>)>,
 }
 
 /// An answer that is no success, as a `Status` object.
@@ -236,6 +238,12 @@ impl ApiServer {
     /// Lets each request wait first.
     pub fn set_delay(&self, delay: Duration) {
         self.shared.state().delay = delay;
+    }
+
+    /// From now on requests of a method and resource (`POST secrets`) are answered only in
+    /// groups of `count`: who writes at the same time does so for certain.
+    pub fn gather(&self, what: &str, count: usize) {
+        self.shared.state().gathering = Some((what.to_owned(), Arc::new(Barrier::new(count))));
     }
 
     /// How many requests there were, by method and resource (`POST tokenreviews`).

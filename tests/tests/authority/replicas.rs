@@ -1,6 +1,14 @@
 //! Replicas that share a store.
 
-use std::{collections::BTreeSet, fs, process::Command, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fs::{self, DirBuilder, File},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    process::Command,
+    sync::Arc,
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 use signet::{
@@ -9,7 +17,11 @@ use signet::{
     config::authority::ObjectPath,
     spiffe::TrustDomain,
 };
-use signet_lab::{api_server::ApiServer, authority, eventually};
+use signet_lab::{
+    api_server::ApiServer,
+    authority::{self, Authority},
+    eventually,
+};
 
 use crate::client::{Call, channel, populate, replica};
 
@@ -47,6 +59,74 @@ async fn three_that_start_at_once_on_an_empty_store_agree_a_hundred_times() -> R
     }
     // The control: they did race. Without it the test would show nothing.
     ensure!(conflicts > 0, "no replica ever lost a race");
+    Ok(())
+}
+
+/// Stores on which three processes start at once.
+const RACES: usize = 100;
+
+/// Starts three, lets them go on when `all_wait` returns, and holds what each made of the store
+/// against the others.
+fn race(api: &ApiServer, flags: &[&str], all_wait: impl FnOnce() -> Result<()>) -> Result<String> {
+    const NAMES: [&str; 3] = ["one", "two", "three"];
+    let replicas = thread::scope(|scope| {
+        let starting = NAMES.map(|name| scope.spawn(move || replica(api, name, flags)));
+        all_wait()?;
+        let started = starting.map(|thread| thread.join().ok().context("a panic")?);
+        started.into_iter().collect::<Result<Vec<_>>>()
+    })?;
+    let made = |replica: &Authority| {
+        replica.lines().iter().filter(|line| line["message"] == "new root made").count()
+    };
+    let made: Vec<_> = replicas.iter().map(made).collect();
+    ensure!(made.iter().sum::<usize>() == 1, "each made so many roots: {made:?}");
+    let bundle = |name: &str| fs::read_to_string(api.directory().join(format!("{name}.pem")));
+    let bundles = NAMES.iter().map(|name| bundle(name)).collect::<Result<BTreeSet<_>, _>>()?;
+    let one = bundles.first().filter(|_| bundles.len() == 1).context("different roots")?;
+    ensure!(one.matches("BEGIN CERTIFICATE").count() == 1, "{one}");
+    Ok(one.clone())
+}
+
+#[test]
+fn three_processes_that_start_at_once_on_an_empty_secret_agree() -> Result<()> {
+    let api = ApiServer::start()?;
+    populate(&api)?;
+    // Each has seen that there is none, and writes, before anyone's is taken.
+    api.gather("POST secrets", 3);
+    let mut roots = BTreeSet::new();
+    for round in 1..=RACES {
+        roots.insert(race(&api, &[], || Ok(())).with_context(|| format!("round {round}"))?);
+        let wrote = api.requests().get("POST secrets").copied().unwrap_or_default();
+        ensure!(wrote == 3 * round && roots.len() == round, "round {round}: {wrote} writes");
+        api.delete("secrets", "signet-system", "root")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn three_processes_that_start_at_once_on_an_empty_directory_agree() -> Result<()> {
+    let api = ApiServer::start()?;
+    populate(&api)?;
+    let mut roots = BTreeSet::new();
+    for round in 1..=RACES {
+        let dir = api.directory().join(format!("store-{round}"));
+        DirBuilder::new().mode(0o700).create(&dir)?;
+        // Who has the lock is the first to write: nobody, until all three want to.
+        let lock = File::create(dir.join(".lock"))?;
+        lock.lock()?;
+        let waiters = format!(":{} ", lock.metadata()?.ino());
+        let flags = ["--store-dir", &dir.display().to_string()];
+        let root = race(&api, &flags, || {
+            eventually("three wait for the lock", Duration::from_secs(30), || {
+                let locks = fs::read_to_string("/proc/locks")?;
+                let waiting = |line: &&str| line.contains("->") && line.contains(&waiters);
+                Ok((locks.lines().filter(waiting).count() == 3).then_some(()))
+            })?;
+            Ok(lock.unlock()?)
+        });
+        roots.insert(root.with_context(|| format!("round {round}"))?);
+        ensure!(roots.len() == round, "round {round}: the root of another store");
+    }
     Ok(())
 }
 

@@ -13,6 +13,7 @@ mod foreign;
 mod hostile;
 mod limits;
 mod mesh;
+mod pid_reuse;
 mod spiffe_clients;
 mod storm;
 mod transfer;

@@ -212,7 +212,7 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
     async fn replicas_that_start_at_once_agree() {
-        for _ in 0..20 {
+        for _ in 0..100 {
             let parent = tempfile::tempdir().unwrap();
             let dir = parent.path().join("store");
             let start = Arc::new(tokio::sync::Barrier::new(3));
