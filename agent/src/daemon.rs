@@ -171,7 +171,11 @@ pub fn run(loaded: Loaded, sources: ConfigSources) -> Result<(), DaemonError> {
     // Who cannot load programs is told so, not that some file belongs to root.
     kernel::check_permitted()?;
     // Inputs first: nothing is loaded into the kernel for a cluster that cannot be read.
-    let params = FilesParams { ranges: ranges(&config), ..FilesParams::new(domain.clone()) };
+    let params = FilesParams {
+        ranges: ranges(&config),
+        root_namespace: config.root_namespace.as_str().into(),
+        ..FilesParams::new(domain.clone())
+    };
     let world = FilesSource::start(&dir, params)?;
     let board = FilesBoard::open(&dir, &config.node)?;
     let trust = Trust::new();

@@ -176,6 +176,8 @@ fn pod(name: &str, mode: Mode) -> Arc<Pod> {
         named_ports: Default::default(),
         mode,
         mode_origin: ModeOrigin::Namespace,
+        exempt_ports: Arc::default(),
+        strict_ports: None,
         unenforceable: None,
     })
 }

@@ -69,6 +69,7 @@ fn of_pod(pod: &Pod) -> admin::Endpoint {
             ModeOrigin::Namespace => "namespace",
             ModeOrigin::Pod => "pod",
             ModeOrigin::InvalidLabel => "invalid-label",
+            ModeOrigin::PeerAuthentication => "peer-authentication",
         }
         .into(),
         addresses: pod.ips.iter().map(ToString::to_string).collect(),

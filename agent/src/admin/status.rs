@@ -145,10 +145,13 @@ fn pods(inputs: &StatusInputs) -> admin::Pods {
 
 fn policies(inputs: &StatusInputs) -> admin::Policies {
     let Some(state) = &inputs.state else { return admin::Policies::default() };
-    let all = &state.world.policies.policies;
+    let world = &state.world;
+    let policies = world.policies.policies.iter().map(|p| &p.remarks);
+    let all: Vec<_> =
+        policies.chain(world.peer_authentications.iter().map(|p| &p.remarks)).collect();
     admin::Policies {
         in_force: count(all.len()),
-        with_problems: count(all.iter().filter(|p| !p.unsupported.is_empty()).count()),
+        with_problems: count(all.iter().filter(|r| r.iter().any(|r| r.is_fault)).count()),
     }
 }
 
@@ -215,14 +218,12 @@ fn problems(inputs: &StatusInputs, programs: &admin::Programs) -> Vec<admin::Pro
         for (subject, message) in unenforceable {
             add(subject, "unenforceable", message);
         }
-        for policy in &state.world.policies.policies {
-            for unsupported in &policy.unsupported {
-                let name = &policy.name;
-                add(
-                    format!("policy {}/{}/{}", name.kind, name.namespace, name.name),
-                    "unsupported",
-                    unsupported.clone(),
-                );
+        let policies = state.world.policies.policies.iter().map(|p| (&p.name, &p.remarks));
+        let authentications =
+            state.world.peer_authentications.iter().map(|p| (&p.name, &p.remarks));
+        for (name, remarks) in policies.chain(authentications) {
+            for remark in remarks.iter().filter(|remark| remark.is_fault) {
+                add(format!("policy {name}"), "unsupported", remark.to_string());
             }
         }
         for problem in state.world.problems.iter().chain(&state.problems) {

@@ -13,9 +13,13 @@ use super::{
     },
     modes::{LabelMemory, check_namespace, check_pod, mode_name},
     objects::{Objects, PodFacts, ServiceFacts, SliceFacts},
+    plaintext::Plaintext,
 };
 use crate::{
-    policy::model::{Policy, PolicySet},
+    policy::{
+        istio::PeerAuthentication,
+        model::{Policy, PolicySet},
+    },
     spiffe::TrustDomain,
     trust::federation::Federation,
 };
@@ -31,6 +35,10 @@ pub struct Surroundings {
     pub federation: Arc<Federation>,
     /// Every policy that was read.
     pub policies: Vec<Arc<Policy>>,
+    /// Every PeerAuthentication that was read.
+    pub peer_authentications: Vec<Arc<PeerAuthentication>>,
+    /// The namespace whose Istio objects are the mesh's.
+    pub root_namespace: Arc<str>,
     /// Announcements: pod uid → the node that claims to serve it.
     pub announced: HashMap<PodUid, Arc<str>>,
     /// What the source could not read.
@@ -63,12 +71,15 @@ impl Assembler {
         let mut pods = HashMap::with_capacity(objects.pods.len());
         for facts in &objects.pods {
             let pod = self.pod(facts, namespaces.get(&facts.name.namespace), &mut problems);
-            pods.insert(facts.uid.clone(), Arc::new(pod));
+            pods.insert(facts.uid.clone(), pod);
         }
+        let plaintext = Plaintext::new(around.peer_authentications, &around.root_namespace);
+        let (peer_authentications, carried) = plaintext.apply(&namespaces, &mut pods);
         self.memory.retain(
             &namespaces.keys().cloned().collect(),
             &objects.pods.iter().map(|pod| pod.uid.clone()).collect(),
         );
+        let pods = pods.into_iter().map(|(uid, pod)| (uid, Arc::new(pod))).collect();
         let served = served(around.announced, &pods, &mut problems);
         let services = services(objects);
         let services_by_ip = services
@@ -96,7 +107,8 @@ impl Assembler {
                 .iter()
                 .map(|node| (node.name.clone(), node.addresses.clone()))
                 .collect(),
-            policies: Arc::new(PolicySet { policies }),
+            policies: Arc::new(PolicySet { policies, carried }),
+            peer_authentications,
             ranges: ranges(around.ranges, objects),
             federation: around.federation,
             served,
@@ -179,6 +191,8 @@ impl Assembler {
             named_ports: facts.named_ports.clone(),
             mode,
             mode_origin,
+            exempt_ports: namespace.map(|(n, _)| n.exempt_ports.clone()).unwrap_or_default(),
+            strict_ports: None,
             unenforceable: facts.unenforceable.clone(),
         }
     }

@@ -29,6 +29,10 @@ use crate::{
         at_line,
         yaml::{Fault, MAX_FILE_BYTES},
     },
+    policy::{
+        istio::{PeerAuthentication, ROOT_NAMESPACE},
+        model::Policy,
+    },
     spiffe::TrustDomain,
     trust::federation::{self, Federation},
 };
@@ -51,6 +55,8 @@ pub struct FilesParams {
     pub trust_domain: TrustDomain,
     /// Configured ranges; an empty list falls back to `ranges.yaml`, then to the Nodes'.
     pub ranges: Ranges,
+    /// The namespace whose Istio objects are the mesh's.
+    pub root_namespace: Arc<str>,
     /// How long the directory must be quiet before it is read; about 30 ms.
     pub debounce: Duration,
 }
@@ -58,7 +64,12 @@ pub struct FilesParams {
 impl FilesParams {
     /// The usual parameters.
     pub fn new(trust_domain: TrustDomain) -> Self {
-        Self { trust_domain, ranges: Ranges::default(), debounce: Duration::from_millis(30) }
+        Self {
+            trust_domain,
+            ranges: Ranges::default(),
+            root_namespace: ROOT_NAMESPACE.into(),
+            debounce: Duration::from_millis(30),
+        }
     }
 }
 
@@ -243,7 +254,7 @@ fn inode(dir: &Path) -> Option<(u64, u64)> {
 
 /// What tells a file's versions apart without reading it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Stamp {
+pub(super) struct Stamp {
     device: u64,
     inode: u64,
     size: u64,
@@ -364,7 +375,10 @@ impl Directory {
         };
         let board = board.into_iter().filter(|(name, _)| name.ends_with(".yaml")).collect();
         let age = &mut self.next_age;
-        update(&mut self.manifests, &self.dir, manifests, age, manifest::read);
+        let root = &self.params.root_namespace;
+        update(&mut self.manifests, &self.dir, manifests, age, |name, text| {
+            manifest::read(name, text, root)
+        });
         update(&mut self.ranges, &self.dir, ranges, age, |_, text| manifest::read_ranges(text));
         let own = &self.params.trust_domain;
         update(&mut self.federation, &self.dir, federation, age, |_, text| {
@@ -387,7 +401,7 @@ impl Directory {
             for (line, object) in file.good.iter().flat_map(|m| &m.objects) {
                 let identity = object.identity();
                 if let Some((other, other_line)) = seen.get(&identity) {
-                    let (kind, namespace, named) = identity;
+                    let (kind, namespace, named) = &identity;
                     let slash = if namespace.is_empty() { "" } else { "/" };
                     duplicates.push(FileFault {
                         path: self.dir.join(name),
@@ -454,6 +468,8 @@ impl Directory {
             ranges,
             federation: self.federation.values().find_map(|f| f.good.clone()).unwrap_or_default(),
             policies: collected.policies,
+            peer_authentications: collected.peer_authentications,
+            root_namespace: self.params.root_namespace.clone(),
             announced: claims,
             problems,
             synced: Synced { pods: true, policies: true },
@@ -480,13 +496,14 @@ impl Directory {
 
 /// Objects of all files.
 #[derive(Debug, Default)]
-struct Collected {
-    objects: Objects,
-    policies: Vec<Arc<crate::policy::model::Policy>>,
+pub(super) struct Collected {
+    pub(super) objects: Objects,
+    pub(super) policies: Vec<Arc<Policy>>,
+    pub(super) peer_authentications: Vec<Arc<PeerAuthentication>>,
 }
 
 impl Collected {
-    fn add(&mut self, object: &Object) {
+    pub(super) fn add(&mut self, object: &Object) {
         let objects = &mut self.objects;
         match object {
             Object::Namespace(o) => objects.namespaces.push(o.clone()),
@@ -496,10 +513,11 @@ impl Collected {
             Object::Slice(_, o) => objects.slices.push(o.clone()),
             Object::Node(o) => objects.nodes.push(o.clone()),
             Object::Policy(o) => self.policies.push(o.clone()),
+            Object::PeerAuthentication(o) => self.peer_authentications.push(o.clone()),
         }
     }
 
-    fn sort(&mut self) {
+    pub(super) fn sort(&mut self) {
         self.objects.pods.sort_by(|a, b| a.uid.cmp(&b.uid));
         self.objects.slices.sort_by(|a, b| a.service.cmp(&b.service));
         self.objects.nodes.sort_by(|a, b| a.name.cmp(&b.name));
@@ -571,11 +589,11 @@ fn update<T>(
     }
 }
 
-fn file_fault(path: &Path, fault: Fault) -> FileFault {
+pub(super) fn file_fault(path: &Path, fault: Fault) -> FileFault {
     FileFault { path: path.to_owned(), line: fault.line, message: fault.to_string() }
 }
 
-fn unreadable(path: &Path, error: &io::Error) -> FileFault {
+pub(super) fn unreadable(path: &Path, error: &io::Error) -> FileFault {
     let message = if error.kind() == io::ErrorKind::InvalidData {
         "not UTF-8 text; write YAML".to_owned()
     } else {
@@ -585,7 +603,7 @@ fn unreadable(path: &Path, error: &io::Error) -> FileFault {
 }
 
 /// A file's text and the stamp of what was read (not of what stood there when listed).
-fn read_bounded(path: &Path) -> io::Result<(String, Stamp)> {
+pub(super) fn read_bounded(path: &Path) -> io::Result<(String, Stamp)> {
     use io::Read as _;
     let file = fs::File::open(path)?;
     let stamp = Stamp::of(&file.metadata()?);

@@ -19,7 +19,11 @@ use crate::{
         values::parse_range,
         yaml::{self, Fault, Node},
     },
-    policy::{model::Policy, native},
+    policy::{
+        istio::{self, PeerAuthentication},
+        model::Policy,
+        native,
+    },
 };
 
 /// An object of a manifest.
@@ -37,14 +41,21 @@ pub enum Object {
     Slice(ObjectName, Arc<SliceFacts>),
     /// A Node.
     Node(Arc<NodeFacts>),
-    /// A policy.
+    /// A policy, native or Istio's.
     Policy(Arc<Policy>),
+    /// Istio's word on plaintext.
+    PeerAuthentication(Arc<PeerAuthentication>),
 }
 
 impl Object {
     /// What may exist once: kind, namespace, name (for a Pod its uid).
-    pub fn identity(&self) -> (&'static str, Arc<str>, Arc<str>) {
+    pub fn identity(&self) -> (Arc<str>, Arc<str>, Arc<str>) {
         let empty = || Arc::from("");
+        let (kind, namespace, name) = self.parts(empty);
+        (kind.into(), namespace, name)
+    }
+
+    fn parts(&self, empty: impl Fn() -> Arc<str>) -> (&str, Arc<str>, Arc<str>) {
         match self {
             Self::Namespace(o) => ("Namespace", empty(), o.name.clone()),
             Self::ServiceAccount(name) => {
@@ -55,7 +66,10 @@ impl Object {
             Self::Service(o) => ("Service", o.name.namespace.clone(), o.name.name.clone()),
             Self::Slice(name, _) => ("EndpointSlice", name.namespace.clone(), name.name.clone()),
             Self::Node(o) => ("Node", empty(), o.name.clone()),
-            Self::Policy(o) => ("IdentityPolicy", o.name.namespace.clone(), o.name.name.clone()),
+            Self::Policy(o) => (&o.name.kind, o.name.namespace.clone(), o.name.name.clone()),
+            Self::PeerAuthentication(o) => {
+                (&o.name.kind, o.name.namespace.clone(), o.name.name.clone())
+            }
         }
     }
 }
@@ -69,20 +83,28 @@ pub struct Manifest {
     pub label_faults: Vec<Fault>,
 }
 
-/// Reads a manifest file; `file` is its name, for the objects' origins.
+/// Reads a manifest file; `file` is its name, for the objects' origins, `root` the namespace
+/// whose Istio objects are the mesh's.
 ///
 /// # Errors
 ///
 /// The first object that cannot be read; then none of the file's objects counts.
-pub fn read(file: &str, text: &str) -> Result<Manifest, Fault> {
+pub fn read(file: &str, text: &str, root: &str) -> Result<Manifest, Fault> {
     let mut manifest = Manifest::default();
+    let place = Place { file, root };
     for document in yaml::parse(text)? {
-        read_document(file, &document, &mut manifest)?;
+        read_document(&place, &document, &mut manifest)?;
     }
     Ok(manifest)
 }
 
-fn read_document(file: &str, document: &Node, manifest: &mut Manifest) -> Result<(), Fault> {
+/// What a document is read with.
+struct Place<'a> {
+    file: &'a str,
+    root: &'a str,
+}
+
+fn read_document(place: &Place<'_>, document: &Node, manifest: &mut Manifest) -> Result<(), Fault> {
     let text = |field: &str| -> Result<&str, Fault> {
         document.fields()?;
         match document.get(field) {
@@ -94,7 +116,7 @@ fn read_document(file: &str, document: &Node, manifest: &mut Manifest) -> Result
     if (version, kind) == ("v1", "List") {
         let Some(items) = document.get("items") else { return Ok(()) };
         items
-            .list(yaml::MAX_NODES, |item| read_document(file, item, manifest))
+            .list(yaml::MAX_NODES, |item| read_document(place, item, manifest))
             .map_err(|fault| fault.within("items"))?;
         return Ok(());
     }
@@ -106,8 +128,8 @@ fn read_document(file: &str, document: &Node, manifest: &mut Manifest) -> Result
             None => fault.within(format!("{kind}:")),
         }
     };
-    let origin = format!("{file}:{}", document.line);
-    let object = read_object(document, version, kind, &origin).map_err(named)?;
+    let origin = format!("{}:{}", place.file, document.line);
+    let object = read_object(document, version, kind, &origin, place.root).map_err(named)?;
     match &object {
         Some(Object::Namespace(facts)) => {
             let faults = check_namespace(&facts.labels, &facts.annotations);
@@ -129,6 +151,7 @@ fn read_object(
     version: &str,
     kind: &str,
     origin: &str,
+    root: &str,
 ) -> Result<Option<Object>, Fault> {
     let at = |fault: ObjectFault| at_field(document, fault);
     let object = match (version, kind) {
@@ -159,6 +182,13 @@ fn read_object(
                 Some(facts) => Object::Slice(name, Arc::new(facts)),
                 None => return Ok(None),
             }
+        }
+        (version, istio::AUTHORIZATION_POLICY) if version.starts_with(istio::GROUP) => {
+            Object::Policy(Arc::new(istio::read_authorization(document, root)?))
+        }
+        (version, istio::PEER_AUTHENTICATION) if version.starts_with(istio::GROUP) => {
+            let object = istio::read_peer_authentication(document, root)?;
+            Object::PeerAuthentication(Arc::new(object))
         }
         (version, _) if version.starts_with("signet.dev/") => {
             Object::Policy(Arc::new(native::read(document)?))
@@ -221,7 +251,7 @@ mod tests {
     use super::*;
 
     fn fault(text: &str) -> String {
-        let fault = read("f.yaml", text).unwrap_err();
+        let fault = read("f.yaml", text, istio::ROOT_NAMESPACE).unwrap_err();
         format!("{}: {fault}", fault.line)
     }
 
@@ -243,7 +273,7 @@ status: {phase: Running, podIPs: [{ip: 10.0.0.1}, {ip: fd00::1}]}
             "apiVersion: v1\nkind: List\nitems:\n- {}---\napiVersion: apps/v1\nkind: Deployment\n",
             POD.trim_end().replace('\n', "\n  ") + "\n"
         );
-        let manifest = read("f.yaml", &text).unwrap();
+        let manifest = read("f.yaml", &text, istio::ROOT_NAMESPACE).unwrap();
         let [(4, Object::Pod(pod))] = manifest.objects.as_slice() else {
             panic!("{manifest:?}");
         };
@@ -283,6 +313,7 @@ status: {phase: Running, podIPs: [{ip: 10.0.0.1}, {ip: fd00::1}]}
             "f.yaml",
             "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: shop\n  labels:\n    \
              signet.dev/mode: strikt\n",
+            istio::ROOT_NAMESPACE,
         )
         .unwrap();
         assert_eq!(manifest.objects.len(), 1);
@@ -309,7 +340,7 @@ status: {phase: Running, podIPs: [{ip: 10.0.0.1}, {ip: fd00::1}]}
     proptest! {
         #[test]
         fn reading_never_panics(text in ".{0,300}") {
-            let _ = read("f.yaml", &text);
+            let _ = read("f.yaml", &text, istio::ROOT_NAMESPACE);
             let _ = read_ranges(&text);
         }
 
@@ -319,7 +350,7 @@ status: {phase: Running, podIPs: [{ip: 10.0.0.1}, {ip: fd00::1}]}
             let at = at.min(text.len());
             let end = (at + cut).min(text.len());
             text.replace_range(at..end, &put);
-            let _ = read("f.yaml", &text);
+            let _ = read("f.yaml", &text, istio::ROOT_NAMESPACE);
         }
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! [`files`] follows a directory of manifests and publishes a [`model::World`] for every
 //! change; [`manifest`] reads one file, [`objects`] takes from each object what matters,
-//! [`assemble`] joins them, whatever their source; [`modes`] are the rules of labels;
+//! [`assemble`] joins them, whatever their source; [`modes`] are the rules of labels,
+//! [`plaintext`] those of PeerAuthentications; [`offline`] reads manifests once;
 //! [`enrolment`] says who is served.
 
 pub mod assemble;
@@ -12,3 +13,5 @@ pub mod manifest;
 pub mod model;
 pub mod modes;
 pub mod objects;
+pub mod offline;
+pub mod plaintext;

@@ -12,7 +12,14 @@ use std::{
 use ipnet::IpNet;
 use signet_ebpf::abi::Mode;
 
-use crate::{policy::model::PolicySet, spiffe::TrustDomain, trust::federation::Federation};
+use crate::{
+    policy::{
+        istio::PeerAuthentication,
+        model::{Policy, PolicySet},
+    },
+    spiffe::TrustDomain,
+    trust::federation::Federation,
+};
 
 /// A pod's uid, as the API gives it.
 pub type PodUid = Arc<str>;
@@ -49,6 +56,9 @@ pub struct World {
     pub nodes: BTreeMap<Arc<str>, Vec<IpAddr>>,
     /// Every policy that was understood (or understood as failing closed).
     pub policies: Arc<PolicySet>,
+    /// PeerAuthentications by name, each with what became of it; pods' modes, exempt and strict
+    /// ports already follow them.
+    pub peer_authentications: Vec<Arc<PeerAuthentication>>,
     /// The cluster's address ranges.
     pub ranges: Ranges,
     /// Foreign trust domains and the peers that are dialled there.
@@ -75,6 +85,7 @@ impl World {
             service_accounts: BTreeSet::new(),
             nodes: BTreeMap::new(),
             policies: Arc::default(),
+            peer_authentications: Vec::new(),
             ranges: Ranges::default(),
             federation: Arc::default(),
             served: HashMap::new(),
@@ -96,6 +107,7 @@ impl World {
             service_accounts,
             nodes,
             policies,
+            peer_authentications,
             ranges,
             federation,
             served,
@@ -111,11 +123,19 @@ impl World {
             && *service_accounts == other.service_accounts
             && *nodes == other.nodes
             && *policies == other.policies
+            && *peer_authentications == other.peer_authentications
             && *ranges == other.ranges
             && *federation == other.federation
             && *served == other.served
             && *problems == other.problems
             && *synced == other.synced
+    }
+
+    /// The policies that are about a pod, in evaluation order.
+    pub fn policies_of(&self, pod: &Pod) -> Vec<Arc<Policy>> {
+        let mut policies = self.policies.selecting(&pod.name.namespace, &pod.labels);
+        policies.extend(pod.strict_ports.clone());
+        policies
     }
 
     /// The pod of an address.
@@ -188,6 +208,12 @@ pub struct Pod {
     pub mode: Mode,
     /// Where [`Pod::mode`] comes from.
     pub mode_origin: ModeOrigin,
+    /// Ports on which plaintext is accepted in `strict`: by the Namespace's annotation and by
+    /// PeerAuthentications.
+    pub exempt_ports: Arc<[ExemptPort]>,
+    /// Refuses plaintext on ports that a PeerAuthentication makes strict while the pod is
+    /// permissive.
+    pub strict_ports: Option<Arc<Policy>>,
     /// Why more than observation is impossible, when it is.
     pub unenforceable: Option<Arc<str>>,
 }
@@ -218,6 +244,9 @@ pub enum ModeOrigin {
     Pod,
     /// The namespace carries only values that are unknown: strict.
     InvalidLabel,
+    /// A PeerAuthentication tightened the label's mode or, where the Namespace allows it,
+    /// loosened it.
+    PeerAuthentication,
 }
 
 /// A Service with its endpoints.

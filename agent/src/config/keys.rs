@@ -338,6 +338,11 @@ keys! {
         "Namespaces whose pods are registered first and never wait, besides kube-system."
         set(c, v) { c.never_deny = each(v, |n| label(n, 63))?; }
         get(c) c.never_deny.clone();
+    "rootNamespace" Restart false "namespace"
+        "The namespace whose AuthorizationPolicies and PeerAuthentications are the whole mesh's, \
+         as Istio's meshConfig.rootNamespace."
+        set(c, v) { c.root_namespace = label(one(v)?, 63)?; }
+        get(c) vec![c.root_namespace.clone()];
     "podRanges" Restart true "CIDRs"
         "Address ranges of pods: strict refuses an address inside them that nobody knows. The \
          default is what ranges.yaml declares, else what Nodes do (spec.podCIDRs)."

@@ -151,8 +151,8 @@ impl PolicyNumbers {
     /// Gives every policy of `set` its number; a policy that changed keeps its own, so that
     /// late events still name it.
     pub fn update(&mut self, set: &PolicySet) {
-        let mut policies = HashMap::with_capacity(set.policies.len());
-        for policy in &set.policies {
+        let mut policies = HashMap::with_capacity(set.policies.len() + set.carried.len());
+        for policy in set.policies.iter().chain(&set.carried) {
             // Never 0: that means "no policy". One number a name, so they cannot run out.
             let next = self.numbers.len() as u32 + 1;
             let number = *self.numbers.entry(policy.name.clone()).or_insert(next);

@@ -1,7 +1,9 @@
 //! This node's pods: found ([`discovery`]), planned for ([`plan`], pure) and applied
-//! ([`reconcile`], the one task that writes the kernel's maps).
+//! ([`reconcile`], the one task that writes the kernel's maps). [`check`] answers what would
+//! become of a flow.
 
 mod apply;
+pub mod check;
 pub mod discovery;
 pub mod identities;
 pub mod phase;

@@ -134,6 +134,8 @@ pub(crate) fn pod(name: &str, mode: Mode) -> Arc<Pod> {
         named_ports: BTreeMap::new(),
         mode,
         mode_origin: ModeOrigin::Namespace,
+        exempt_ports: Arc::default(),
+        strict_ports: None,
         unenforceable: None,
     })
 }

@@ -247,20 +247,13 @@ mod tests {
         let service = ObjectName { namespace: "shop".into(), name: "catalog".into() };
         world.services_by_ip.insert("10.96.0.7".parse().unwrap(), service);
         let payments = endpoint(&pod("shop/payments-5b7f", Mode::Strict), NETNS, "10.0.2.7");
-        let policy = Policy {
-            name: PolicyName {
-                kind: "IdentityPolicy".into(),
-                namespace: "shop".into(),
-                name: "no-ping".into(),
-            },
-            selector: Selector { namespace: None, labels: Default::default() },
-            action: Action::Deny,
-            ingress: vec![],
-            egress: vec![],
-            governs_ingress: true,
-            governs_egress: false,
-            unsupported: vec![],
+        let name = PolicyName {
+            kind: "IdentityPolicy".into(),
+            namespace: "shop".into(),
+            name: "no-ping".into(),
         };
+        let selector = Selector { namespace: None, labels: Default::default() };
+        let policy = Policy { governs_ingress: true, ..Policy::new(name, selector, Action::Deny) };
         NodeState {
             endpoints: HashMap::from([(NETNS, payments)]),
             identities: Arc::new(HashMap::from([(300, identity("shop", "frontend"))])),

@@ -24,7 +24,7 @@ use signet_ebpf::abi::{
 
 use super::{
     evaluate::{FlowFacts, Outcome, PeerIdentity, evaluate},
-    model::{Policy, PolicyName},
+    model::{Policy, PolicyName, Rule},
 };
 use crate::spiffe::{SpiffeId, TrustDomain};
 
@@ -47,6 +47,8 @@ pub struct CompileInput<'a> {
     pub number: &'a dyn Fn(&PolicyName) -> u32,
     /// The pod is in observe mode: rows for peers judged as if authenticated, too.
     pub observe: bool,
+    /// The pod's own addresses.
+    pub local_ips: &'a [IpAddr],
     /// More entries than this are refused (the pod's inner map's size).
     pub max_entries: usize,
 }
@@ -133,6 +135,7 @@ fn compile_direction(
                         aliases: input.aliases,
                         peer,
                         peer_ip: representative,
+                        local_ips: input.local_ips,
                         port,
                         protocol,
                     };
@@ -163,10 +166,15 @@ fn compile_direction(
     Ok(())
 }
 
-/// What the kernel stores for an outcome.
+/// What the kernel stores for an outcome. A flow that passes and is audited is told of under
+/// the policy that audits it, as the proxies do.
 fn value_of(input: &CompileInput<'_>, outcome: &Outcome) -> PolicyValue {
+    let policy = match &outcome.audit {
+        Some(audit) if outcome.is_allowed() => Some(audit),
+        _ => outcome.policy.as_ref(),
+    };
     PolicyValue {
-        number: outcome.policy.as_ref().map_or(0, |policy| (input.number)(&policy.name)),
+        number: policy.map_or(0, |policy| (input.number)(&policy.name)),
         reason: outcome.reason as u16,
         audit: u8::from(outcome.audit.is_some()),
         pad: 0,
@@ -277,7 +285,8 @@ fn segments(policies: &[Arc<Policy>], direction: Direction) -> Vec<(u16, u16)> {
     let mut starts = BTreeSet::from([0u16]);
     for policy in policies {
         for rule in policy.rules(direction) {
-            for ports in rule.ports.iter().chain(&rule.not_ports) {
+            let named = rule.all_destinations().flat_map(|to| to.ports.iter().chain(&to.not_ports));
+            for ports in named {
                 starts.insert(ports.first);
                 if let Some(after) = ports.last.checked_add(1) {
                     starts.insert(after);
@@ -313,7 +322,7 @@ fn classes(policies: &[Arc<Policy>], direction: Direction) -> Classes {
     let mut blocks: Vec<IpNet> = policies
         .iter()
         .flat_map(|policy| policy.rules(direction))
-        .flat_map(|rule| &rule.peers)
+        .flat_map(Rule::all_peers)
         .flat_map(|peer| peer.ip_blocks.iter().chain(&peer.not_ip_blocks))
         .map(IpNet::trunc)
         .collect();
@@ -321,13 +330,16 @@ fn classes(policies: &[Arc<Policy>], direction: Direction) -> Classes {
     blocks.dedup();
     // The trie's nodes, outermost first: (bits, first address).
     let mut nodes: BTreeSet<(u8, u128)> = BTreeSet::from([(0, 0)]);
-    if !blocks.is_empty() {
+    // The peer's family says at which of the pod's own addresses the flow is.
+    let by_family =
+        policies.iter().flat_map(|policy| policy.rules(direction)).any(Rule::asks_local_address);
+    if !blocks.is_empty() || by_family {
         // An IPv6 block never holds an IPv4 address, though its prefix may cover `::ffff:0:0/96`.
         nodes.insert((MAPPED_BITS, MAPPED));
         nodes.extend(blocks.iter().map(node_of));
     }
     let nodes: Vec<(u8, u128)> = nodes.into_iter().collect();
-    let mut numbers: BTreeMap<Vec<bool>, u32> = BTreeMap::new();
+    let mut numbers: BTreeMap<(Vec<bool>, bool), u32> = BTreeMap::new();
     let mut representatives = BTreeMap::new();
     let mut rows = Vec::new();
     // The root comes first: its class, where it has an address of its own, is 0.
@@ -336,7 +348,8 @@ fn classes(policies: &[Arc<Policy>], direction: Direction) -> Classes {
         let Some(address) = own_address(&nodes, bits, first) else { continue };
         let ip = IpAddr::V6(Ipv6Addr::from(address)).to_canonical();
         let membership: Vec<bool> = blocks.iter().map(|block| block.contains(&ip)).collect();
-        let class = *numbers.entry(membership).or_insert_with(|| {
+        let family = by_family && ip.is_ipv4();
+        let class = *numbers.entry((membership, family)).or_insert_with(|| {
             if bits == 0 {
                 return 0;
             }

@@ -15,17 +15,23 @@
 //!
 //! # Trust domains
 //!
-//! Namespaces and service accounts are those of our own trust domain. An identity pattern
+//! Namespaces and service accounts are those of our own trust domain, and of one that the
+//! same peer's `trustDomains` names in full. An identity pattern
 //! that does not spell a trust domain out (`*`, `*/sa/frontend`, `spiffe://clu*`) means our
 //! own where matching widens access, every domain where it narrows it. A foreign identity
 //! comes in only where an ALLOW names its domain. An alias of our own domain is our own, in
 //! identities as in patterns.
+//!
+//! # Dry run
+//!
+//! A policy in dry run decides nothing. Where the flow passes, and would not if the dry runs
+//! were in force beside the others, the outcome names the one that would refuse it.
 
 use std::{net::IpAddr, sync::Arc};
 
 use signet_ebpf::abi::{Direction, Reason, proto};
 
-use super::model::{Action, Peer, Policy, Ports, Rule};
+use super::model::{Action, Condition, Destination, Peer, Policy, Ports, Rule};
 use crate::spiffe::{SpiffeId, TrustDomain};
 
 /// What is known of a flow when it is judged.
@@ -41,6 +47,8 @@ pub struct FlowFacts<'a> {
     pub peer: PeerIdentity<'a>,
     /// The other side's address (IPv4-mapped ones count as IPv4).
     pub peer_ip: IpAddr,
+    /// The pod's own addresses; the flow is at one of the same family as the peer's.
+    pub local_ips: &'a [IpAddr],
     /// The destination's port: the workload's own on ingress, never the tunnel's.
     pub port: u16,
     /// IP protocol.
@@ -66,7 +74,7 @@ pub struct Outcome {
     /// The deciding policy; for `policy_no_match` the first ALLOW that selects the workload.
     /// `None` when the default decided.
     pub policy: Option<Arc<Policy>>,
-    /// The first AUDIT policy that matches.
+    /// The first AUDIT policy that matches, else the dry run that would refuse what passes.
     pub audit: Option<Arc<Policy>>,
 }
 
@@ -79,57 +87,171 @@ impl Outcome {
 
 /// Judges a flow under the policies that select the pod, in their order.
 ///
-/// `default_deny` is the namespace's `signet.dev/default: deny`.
+/// `default_deny` is the namespace's (or the cluster's) default.
 pub fn evaluate(policies: &[Arc<Policy>], default_deny: bool, facts: &FlowFacts<'_>) -> Outcome {
-    let governing = || policies.iter().filter(|p| p.governs(facts.direction));
-    let of = |action: Action| governing().filter(move |p| p.action == action);
-    let audit = of(Action::Audit).find(|p| matches(p, facts)).cloned();
-    let decided = |reason, policy: Option<&Arc<Policy>>| Outcome {
-        reason,
-        policy: policy.cloned(),
-        audit: audit.clone(),
+    let (reason, policy) = decide(policies, default_deny, facts, false);
+    let mut audit = governing(policies, facts, true)
+        .find(|p| p.action == Action::Audit && policy_matches(p, facts))
+        .cloned();
+    if audit.is_none() && reason == Reason::Allowed && policies.iter().any(|p| p.dry_run) {
+        let (dry, by) = decide(policies, default_deny, facts, true);
+        if dry != Reason::Allowed {
+            // It is a dry run: only those are in this decision and not in the first.
+            audit = by.cloned();
+        }
+    }
+    Outcome { reason, policy: policy.cloned(), audit }
+}
+
+/// Those that speak about the flow's direction; dry runs only where they are asked for.
+fn governing<'a>(
+    policies: &'a [Arc<Policy>],
+    facts: &'a FlowFacts<'_>,
+    with_dry_runs: bool,
+) -> impl Iterator<Item = &'a Arc<Policy>> {
+    policies.iter().filter(move |p| p.governs(facts.direction) && (with_dry_runs || !p.dry_run))
+}
+
+fn decide<'a>(
+    policies: &'a [Arc<Policy>],
+    default_deny: bool,
+    facts: &'a FlowFacts<'_>,
+    with_dry_runs: bool,
+) -> (Reason, Option<&'a Arc<Policy>>) {
+    let of = |action: Action| {
+        governing(policies, facts, with_dry_runs).filter(move |p| p.action == action)
     };
-    if let Some(deny) = of(Action::Deny).find(|p| matches(p, facts)) {
-        let reason = if deny.unsupported.is_empty() {
-            Reason::PolicyDeny
-        } else {
-            Reason::PolicyUnsupported
-        };
-        return decided(reason, Some(deny));
+    // The first that denies for what it says, not for what is not understood of it.
+    let mut unsure = None;
+    for deny in of(Action::Deny) {
+        match policy_denies(deny, facts) {
+            Some(Reason::PolicyDeny) => return (Reason::PolicyDeny, Some(deny)),
+            Some(_) => unsure = unsure.or(Some(deny)),
+            None => {}
+        }
     }
-    if let Some(allow) = of(Action::Allow).find(|p| matches(p, facts)) {
-        return decided(Reason::Allowed, Some(allow));
+    if let Some(deny) = unsure {
+        return (Reason::PolicyUnsupported, Some(deny));
     }
-    if let Some(first) = of(Action::Allow).find(|p| p.unsupported.is_empty()) {
-        return decided(Reason::PolicyNoMatch, Some(first));
+    if let Some(allow) = of(Action::Allow).find(|p| policy_matches(p, facts)) {
+        return (Reason::Allowed, Some(allow));
+    }
+    if let Some(first) = of(Action::Allow).find(|p| p.is_evaluable(facts.direction)) {
+        return (Reason::PolicyNoMatch, Some(first));
     }
     if let Some(broken) = of(Action::Allow).next() {
-        return decided(Reason::PolicyUnsupported, Some(broken));
+        return (Reason::PolicyUnsupported, Some(broken));
     }
     // Whom a pod may dial in another domain is said by the cluster's remote peers; who may
     // come from there, only by an ALLOW.
     if default_deny || (is_foreign(facts) && facts.direction == Direction::Ingress) {
-        return decided(Reason::PolicyNoMatch, None);
+        return (Reason::PolicyNoMatch, None);
     }
-    decided(Reason::Allowed, None)
+    (Reason::Allowed, None)
+}
+
+/// Why a DENY covers the flow, if it does: `policy_deny` where a rule says so in full,
+/// `policy_unsupported` where something of it counts as matching.
+fn policy_denies(policy: &Policy, facts: &FlowFacts<'_>) -> Option<Reason> {
+    if !policy.unsupported.is_empty() {
+        return Some(Reason::PolicyUnsupported);
+    }
+    let matching = |rule: &&Rule| judge_rule(Action::Deny, rule, facts) == RuleVerdict::Matches;
+    let mut reason = None;
+    for rule in policy.rules(facts.direction).iter().filter(matching) {
+        if rule.unsupported.is_empty() {
+            return Some(Reason::PolicyDeny);
+        }
+        reason = Some(Reason::PolicyUnsupported);
+    }
+    reason
 }
 
 /// True when a policy that could not be understood in full, or one of its rules, covers
 /// the flow.
-fn matches(policy: &Policy, facts: &FlowFacts<'_>) -> bool {
+pub(super) fn policy_matches(policy: &Policy, facts: &FlowFacts<'_>) -> bool {
     if !policy.unsupported.is_empty() {
         // What cannot be evaluated never widens: an ALLOW matches nothing, the rest all.
         return policy.action != Action::Allow;
     }
-    policy.rules(facts.direction).iter().any(|rule| rule_matches(policy.action, rule, facts))
+    let rules = policy.rules(facts.direction);
+    rules.iter().any(|rule| judge_rule(policy.action, rule, facts) == RuleVerdict::Matches)
 }
 
-/// Judges one rule of a policy with this action (exposed for `explain`).
-pub(super) fn rule_matches(action: Action, rule: &Rule, facts: &FlowFacts<'_>) -> bool {
-    ports_match(rule, facts) && peers_match(action, rule, facts)
+/// What a rule makes of a flow, with the first of its parts that does not hold.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum RuleVerdict {
+    /// All of it holds, or counts as holding.
+    Matches,
+    /// It can match nothing.
+    Never,
+    /// Part of an ALLOW cannot be evaluated.
+    Unsupported,
+    /// None of its destinations has the port.
+    To,
+    /// The condition of this index does not hold.
+    When(usize),
+    /// None of its peers is the other side.
+    Peers,
+    /// It would match, but only proven identities count in it, and the other side's is
+    /// known by its address alone.
+    NotProven,
+    /// It would match, but does not name the other side's foreign trust domain.
+    Foreign,
 }
 
-fn ports_match(rule: &Rule, facts: &FlowFacts<'_>) -> bool {
+/// Judges one rule of a policy with this action.
+pub(super) fn judge_rule(action: Action, rule: &Rule, facts: &FlowFacts<'_>) -> RuleVerdict {
+    if rule.never {
+        return RuleVerdict::Never;
+    }
+    let allow = action == Action::Allow;
+    if allow && !rule.unsupported.is_empty() {
+        return RuleVerdict::Unsupported;
+    }
+    if !rule.to.is_empty() && !rule.to.iter().any(|to| covers(to, facts)) {
+        return RuleVerdict::To;
+    }
+    for (index, condition) in rule.when.iter().enumerate() {
+        let holds = match condition {
+            Condition::Peer(_) => true,
+            Condition::To(destination) => covers(destination, facts),
+            Condition::Local { blocks, not_blocks } => is_local(allow, blocks, not_blocks, facts),
+        };
+        if !holds {
+            return RuleVerdict::When(index);
+        }
+    }
+    match facts.peer {
+        PeerIdentity::Unknown => judge_peers(allow, rule, None, facts),
+        PeerIdentity::Authenticated(id) => judge_peers(allow, rule, Some(id), facts),
+        PeerIdentity::Address(id) if rule.unauthenticated => {
+            judge_peers(allow, rule, Some(id), facts)
+        }
+        PeerIdentity::Address(id) if allow => {
+            // Peers that ask for an identity do not count.
+            let taken = |peer: &Peer| !peer.constrains_identity();
+            let verdict = judge_peers_that(allow, rule, Some(id), facts, taken);
+            let proven = judge_peers(allow, rule, Some(id), facts);
+            if verdict != proven && proven == RuleVerdict::Matches {
+                RuleVerdict::NotProven
+            } else {
+                verdict
+            }
+        }
+        PeerIdentity::Address(id) => {
+            // It may be whom the address shows, or (plaintext) anybody.
+            let shown = judge_peers(false, rule, Some(id), facts);
+            if shown == RuleVerdict::Matches || facts.direction == Direction::Egress {
+                return shown;
+            }
+            judge_peers(false, rule, None, facts)
+        }
+    }
+}
+
+/// True when the flow's port is one of the destination's.
+fn covers(destination: &Destination, facts: &FlowFacts<'_>) -> bool {
     let covers = |ports: &Ports| {
         // Only TCP and UDP have ports; other protocols are not policy's to judge.
         let protocol = match facts.protocol {
@@ -138,29 +260,67 @@ fn ports_match(rule: &Rule, facts: &FlowFacts<'_>) -> bool {
         };
         protocol && (ports.first..=ports.last).contains(&facts.port)
     };
-    (rule.ports.is_empty() || rule.ports.iter().any(covers)) && !rule.not_ports.iter().any(covers)
+    (destination.ports.is_empty() || destination.ports.iter().any(covers))
+        && !destination.not_ports.iter().any(covers)
 }
 
-fn peers_match(action: Action, rule: &Rule, facts: &FlowFacts<'_>) -> bool {
-    let allow = action == Action::Allow;
-    if rule.peers.is_empty() {
-        // Everybody; but a foreign identity must be named.
-        return !(allow && is_foreign(facts));
+/// Judges the pod's own address. Of several of one family it is not known which the flow is
+/// at: an ALLOW must hold for all, the others for any.
+fn is_local(
+    allow: bool,
+    blocks: &[ipnet::IpNet],
+    not_blocks: &[ipnet::IpNet],
+    facts: &FlowFacts<'_>,
+) -> bool {
+    let peer = facts.peer_ip.to_canonical();
+    let within = |blocks: &[ipnet::IpNet], ip: &IpAddr| blocks.iter().any(|b| b.contains(ip));
+    let holds = |ip: &IpAddr| (blocks.is_empty() || within(blocks, ip)) && !within(not_blocks, ip);
+    let mut ips = facts.local_ips.iter().filter(|ip| ip.is_ipv4() == peer.is_ipv4()).peekable();
+    if ips.peek().is_none() {
+        return !allow;
     }
-    rule.peers.iter().any(|peer| match facts.peer {
-        PeerIdentity::Unknown => peer_matches(allow, peer, None, facts),
-        PeerIdentity::Authenticated(id) => peer_matches(allow, peer, Some(id), facts),
-        PeerIdentity::Address(id) if rule.unauthenticated => {
-            peer_matches(allow, peer, Some(id), facts)
+    if allow { ips.all(holds) } else { ips.any(holds) }
+}
+
+fn judge_peers(
+    allow: bool,
+    rule: &Rule,
+    identity: Option<&SpiffeId>,
+    facts: &FlowFacts<'_>,
+) -> RuleVerdict {
+    judge_peers_that(allow, rule, identity, facts, |_| true)
+}
+
+/// Judges the rule's peers and its conditions on the peer, as far as `counts` lets them.
+fn judge_peers_that(
+    allow: bool,
+    rule: &Rule,
+    identity: Option<&SpiffeId>,
+    facts: &FlowFacts<'_>,
+    counts: impl Fn(&Peer) -> bool,
+) -> RuleVerdict {
+    let foreign = identity.map(SpiffeId::trust_domain).filter(|domain| !is_own(domain, facts));
+    let mut is_named = foreign.is_none() || !allow;
+    let mut holds = |peer: &Peer| {
+        let holds = counts(peer) && peer_matches(allow, peer, identity, facts);
+        if holds && let Some(domain) = &foreign {
+            is_named |= names_peer_domain(peer, domain);
         }
-        PeerIdentity::Address(id) if allow => {
-            !peer.constrains_identity() && peer_matches(true, peer, Some(id), facts)
+        holds
+    };
+    // Every peer is asked, because any that holds may name the domain.
+    let peers = rule.peers.iter().fold(rule.peers.is_empty(), |any, peer| holds(peer) || any);
+    if !peers {
+        return RuleVerdict::Peers;
+    }
+    for (index, condition) in rule.when.iter().enumerate() {
+        if let Condition::Peer(peer) = condition
+            && !holds(peer)
+        {
+            return RuleVerdict::When(index);
         }
-        PeerIdentity::Address(id) => {
-            peer_matches(false, peer, Some(id), facts)
-                || (facts.direction == Direction::Ingress && peer_matches(false, peer, None, facts))
-        }
-    })
+    }
+    if is_named { RuleVerdict::Matches } else { RuleVerdict::Foreign }
 }
 
 /// All fields that are given hold. `allow`: matching widens access.
@@ -182,13 +342,14 @@ fn peer_matches(
         // Nobody: positive fields are false, negative ones true.
         return peer.identities.is_empty()
             && peer.namespaces.is_empty()
-            && peer.service_accounts.is_empty();
+            && peer.service_accounts.is_empty()
+            && peer.trust_domains.is_empty();
     };
-    let domain = id.trust_domain();
-    let own = is_own(&domain, facts);
-    if allow && !own && !peer.identities.iter().any(|p| names_domain(p, &domain)) {
+    if peer.unidentified {
         return false;
     }
+    let domain = id.trust_domain();
+    let own = is_own(&domain, facts);
     let any_identity = |patterns: &[Arc<str>], everywhere: bool| {
         patterns.iter().any(|pattern| {
             (pattern_matches(pattern, id.as_str())
@@ -202,7 +363,23 @@ fn peer_matches(
     if any_identity(&peer.not_identities, allow) {
         return false;
     }
-    let workload = if own { id.workload() } else { None };
+    let in_domains = |patterns: &[Arc<str>], everywhere: bool| {
+        patterns.iter().any(|pattern| {
+            if own {
+                return own_names(facts).any(|name| pattern_matches(pattern, name.as_str()));
+            }
+            pattern_matches(pattern, domain.as_str())
+                && (everywhere || **pattern == *domain.as_str())
+        })
+    };
+    if !peer.trust_domains.is_empty() && !in_domains(&peer.trust_domains, !allow) {
+        return false;
+    }
+    if in_domains(&peer.not_trust_domains, allow) {
+        return false;
+    }
+    let is_named = || peer.trust_domains.iter().any(|name| **name == *domain.as_str());
+    let workload = if own || is_named() { id.workload() } else { None };
     let in_namespaces = |patterns: &[Arc<str>]| match workload {
         Some((namespace, _)) => patterns.iter().any(|p| pattern_matches(p, namespace)),
         None => false,
@@ -244,9 +421,19 @@ fn is_own(domain: &TrustDomain, facts: &FlowFacts<'_>) -> bool {
 /// policy may be written before or after the domain got its present one.
 fn matches_other_name(pattern: &str, id: &SpiffeId, facts: &FlowFacts<'_>) -> bool {
     !facts.aliases.is_empty()
-        && std::iter::once(facts.trust_domain)
-            .chain(facts.aliases)
+        && own_names(facts)
             .any(|name| pattern_matches(pattern, &format!("spiffe://{name}{}", id.path())))
+}
+
+/// The names of our own trust domain.
+fn own_names<'a>(facts: &FlowFacts<'a>) -> impl Iterator<Item = &'a TrustDomain> {
+    std::iter::once(facts.trust_domain).chain(facts.aliases)
+}
+
+/// True when a peer that holds spells this foreign trust domain out.
+fn names_peer_domain(peer: &Peer, domain: &TrustDomain) -> bool {
+    peer.identities.iter().any(|pattern| names_domain(pattern, domain))
+        || peer.trust_domains.iter().any(|name| **name == *domain.as_str())
 }
 
 /// `*` any, `*suffix` (a leading star goes first), `prefix*`, else exact.

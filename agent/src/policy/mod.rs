@@ -2,5 +2,7 @@
 
 pub mod compile;
 pub mod evaluate;
+pub mod explain;
+pub mod istio;
 pub mod model;
 pub mod native;

@@ -10,9 +10,17 @@ use signet_ebpf::abi::Direction;
 pub struct PolicySet {
     /// All of them.
     pub policies: Vec<Arc<Policy>>,
+    /// Those that single pods carry by themselves: the ports that a PeerAuthentication makes
+    /// strict on a permissive pod. Their selectors are not asked.
+    pub carried: Vec<Arc<Policy>>,
 }
 
 impl PolicySet {
+    /// A set that no pod carries anything of by itself.
+    pub fn new(policies: Vec<Arc<Policy>>) -> Self {
+        Self { policies, carried: Vec::new() }
+    }
+
     /// The policies that are about a pod, in evaluation order.
     pub fn selecting(
         &self,
@@ -37,7 +45,7 @@ pub enum Action {
 /// A policy's name and kind, as shown to people: `IdentityPolicy/shop/payments-callers`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct PolicyName {
-    /// `IdentityPolicy`, later `ClusterIdentityPolicy`, `AuthorizationPolicy`, …
+    /// `IdentityPolicy`, `ClusterIdentityPolicy`, `AuthorizationPolicy`, `PeerAuthentication`.
     pub kind: Arc<str>,
     /// Namespace; empty for cluster-wide ones.
     pub namespace: Arc<str>,
@@ -72,11 +80,40 @@ pub struct Policy {
     pub governs_ingress: bool,
     /// True when the policy speaks about egress at all.
     pub governs_egress: bool,
-    /// What was not understood; it never widens access.
+    /// Istio's dry run: what it would refuse is reported as AUDIT, nothing is enforced.
+    pub dry_run: bool,
+    /// Why the policy as a whole cannot be evaluated: then it fails closed, whatever its
+    /// rules say. What only one rule has is in [`Rule::unsupported`].
     pub unsupported: Vec<String>,
+    /// How the object was understood, where an operator should know.
+    pub remarks: Vec<Remark>,
 }
 
 impl Policy {
+    /// A policy of no rules that governs nothing yet.
+    pub fn new(name: PolicyName, selector: Selector, action: Action) -> Self {
+        Self {
+            name,
+            selector,
+            action,
+            ingress: Vec::new(),
+            egress: Vec::new(),
+            governs_ingress: false,
+            governs_egress: false,
+            dry_run: false,
+            unsupported: Vec::new(),
+            remarks: Vec::new(),
+        }
+    }
+
+    /// True when its rules for the direction can be evaluated, at least one of them (or
+    /// there is none to evaluate).
+    pub fn is_evaluable(&self, direction: Direction) -> bool {
+        let rules = self.rules(direction);
+        self.unsupported.is_empty()
+            && (rules.is_empty() || rules.iter().any(|rule| rule.unsupported.is_empty()))
+    }
+
     /// True when the policy speaks about the direction at all.
     pub fn governs(&self, direction: Direction) -> bool {
         match direction {
@@ -111,18 +148,107 @@ impl Selector {
     }
 }
 
-/// One rule: peers AND ports.
+/// How a part of an object was understood, where that is not what its author may expect.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Remark {
+    /// Line in the object's file; 0 where there is none.
+    pub line: u64,
+    /// The field's path, `spec.rules[0].to[1]`; empty for the whole object.
+    pub field: Arc<str>,
+    /// What was found, and what is made of it.
+    pub message: Arc<str>,
+    /// True when something that the object asks for does not happen as it asks: a fault for
+    /// `signet policy validate`. False for mere information.
+    pub is_fault: bool,
+}
+
+impl std::fmt::Display for Remark {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.field.is_empty() {
+            f.write_str(&self.message)
+        } else {
+            write!(f, "{}: {}", self.field, self.message)
+        }
+    }
+}
+
+/// One rule: peers AND destinations AND every condition.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Rule {
     /// Any of them; empty: everybody, also without an identity.
     pub peers: Vec<Peer>,
     /// Any of them; empty: every port.
-    pub ports: Vec<Ports>,
-    /// Ports that it does not cover.
-    pub not_ports: Vec<Ports>,
+    pub to: Vec<Destination>,
+    /// All of them.
+    pub when: Vec<Condition>,
     /// An identity known only by its address counts as if it were proven: it satisfies an
     /// ALLOW too, and it averts a DENY's `not…`.
     pub unauthenticated: bool,
+    /// It asks for something that cannot hold, so it matches nothing, in every action.
+    pub never: bool,
+    /// What of it cannot be evaluated: in an ALLOW it then matches nothing; in the others
+    /// what cannot be evaluated counts as matching, and what the other fields say narrows it.
+    pub unsupported: Vec<String>,
+}
+
+impl Rule {
+    /// A rule of peers and ports only.
+    pub fn of(peers: Vec<Peer>, ports: Vec<Ports>) -> Self {
+        let to = if ports.is_empty() {
+            Vec::new()
+        } else {
+            vec![Destination { ports, not_ports: Vec::new() }]
+        };
+        Self { peers, to, ..Self::default() }
+    }
+
+    /// Every peer that it names anywhere.
+    pub fn all_peers(&self) -> impl Iterator<Item = &Peer> {
+        let conditions = self.when.iter().filter_map(|condition| match condition {
+            Condition::Peer(peer) => Some(peer),
+            Condition::To(_) | Condition::Local { .. } => None,
+        });
+        self.peers.iter().chain(conditions)
+    }
+
+    /// Every destination that it names anywhere.
+    pub fn all_destinations(&self) -> impl Iterator<Item = &Destination> {
+        let conditions = self.when.iter().filter_map(|condition| match condition {
+            Condition::To(destination) => Some(destination),
+            Condition::Peer(_) | Condition::Local { .. } => None,
+        });
+        self.to.iter().chain(conditions)
+    }
+
+    /// True when it depends on which of the pod's own addresses the flow is at.
+    pub fn asks_local_address(&self) -> bool {
+        self.when.iter().any(|c| matches!(c, Condition::Local { .. }))
+    }
+}
+
+/// Ports that a rule is about; one that names none is about all.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Destination {
+    /// Any of them; empty: every port.
+    pub ports: Vec<Ports>,
+    /// Ports that it does not cover.
+    pub not_ports: Vec<Ports>,
+}
+
+/// A further demand of a rule (Istio's `when`).
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Condition {
+    /// On the other side.
+    Peer(Peer),
+    /// On the destination's port.
+    To(Destination),
+    /// On the pod's own address: one of `blocks` (empty: any), and none of `not_blocks`.
+    Local {
+        /// Addresses or ranges.
+        blocks: Vec<IpNet>,
+        /// None of these.
+        not_blocks: Vec<IpNet>,
+    },
 }
 
 /// Who the other side is: all fields that are given must hold, one value of each.
@@ -132,14 +258,21 @@ pub struct Peer {
     pub identities: Vec<Arc<str>>,
     /// None of these.
     pub not_identities: Vec<Arc<str>>,
-    /// Namespaces of our own trust domain (same patterns).
+    /// Namespaces (same patterns) of our own trust domain, and of one that
+    /// [`Peer::trust_domains`] names in full.
     pub namespaces: Vec<Arc<str>>,
     /// None of these.
     pub not_namespaces: Vec<Arc<str>>,
-    /// Service accounts of our own trust domain, as (namespace, name).
+    /// Service accounts of the same domains, as (namespace, name).
     pub service_accounts: Vec<(Arc<str>, Arc<str>)>,
     /// None of these.
     pub not_service_accounts: Vec<(Arc<str>, Arc<str>)>,
+    /// Trust domains (same patterns); an alias of our own is our own.
+    pub trust_domains: Vec<Arc<str>>,
+    /// None of these.
+    pub not_trust_domains: Vec<Arc<str>>,
+    /// Only who has no identity (that counts, see [`Rule::unauthenticated`]).
+    pub unidentified: bool,
     /// Addresses or ranges.
     pub ip_blocks: Vec<IpNet>,
     /// None of these.
@@ -154,7 +287,10 @@ impl Peer {
             && self.namespaces.is_empty()
             && self.not_namespaces.is_empty()
             && self.service_accounts.is_empty()
-            && self.not_service_accounts.is_empty())
+            && self.not_service_accounts.is_empty()
+            && self.trust_domains.is_empty()
+            && self.not_trust_domains.is_empty()
+            && !self.unidentified)
     }
 }
 

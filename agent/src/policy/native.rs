@@ -20,7 +20,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use signet_ebpf::abi::proto;
 
-use super::model::{Action, Peer, Policy, PolicyName, Ports, Rule, Selector};
+use super::model::{Action, Destination, Peer, Policy, PolicyName, Ports, Rule, Selector};
 use crate::{
     config::{
         values::parse_range,
@@ -102,16 +102,8 @@ fn read_name(metadata: &Node) -> Result<PolicyName, Fault> {
 }
 
 fn read_spec(name: PolicyName, spec: &Node) -> Result<Policy, Fault> {
-    let mut policy = Policy {
-        selector: Selector { namespace: Some(name.namespace.clone()), labels: BTreeMap::new() },
-        name,
-        action: Action::Allow,
-        ingress: Vec::new(),
-        egress: Vec::new(),
-        governs_ingress: false,
-        governs_egress: false,
-        unsupported: Vec::new(),
-    };
+    let selector = Selector { namespace: Some(name.namespace.clone()), labels: BTreeMap::new() };
+    let mut policy = Policy::new(name, selector, Action::Allow);
     let namespace = policy.name.namespace.clone();
     fields(spec, &["selector", "action", "ingress", "egress"], |field, node| {
         match field {
@@ -167,15 +159,19 @@ fn read_selector(node: &Node) -> Result<BTreeMap<Arc<str>, Arc<str>>, Fault> {
 
 fn read_rule(rule: &Node, peers: &str, namespace: &str) -> Result<Rule, Fault> {
     let mut read = Rule::default();
+    let mut to = Destination::default();
     fields(rule, &[peers, "ports", "notPorts", "unauthenticated"], |field, node| {
         match field {
-            "ports" => read.ports = filled(node, MAX_PORTS, read_ports)?,
-            "notPorts" => read.not_ports = filled(node, MAX_PORTS, read_ports)?,
+            "ports" => to.ports = filled(node, MAX_PORTS, read_ports)?,
+            "notPorts" => to.not_ports = filled(node, MAX_PORTS, read_ports)?,
             "unauthenticated" => read.unauthenticated = node.boolean()?,
             _ => read.peers = filled(node, MAX_PEERS, |n| read_peer(n, namespace))?,
         }
         Ok(())
     })?;
+    if to != Destination::default() {
+        read.to.push(to);
+    }
     Ok(read)
 }
 
@@ -420,7 +416,7 @@ mod tests {
         let rule = &policy.ingress[0];
         assert!(rule.unauthenticated);
         assert_eq!(
-            rule.ports,
+            rule.to[0].ports,
             [
                 Ports { first: 80, last: 90, protocol: None },
                 Ports { first: 0, last: 65535, protocol: Some(17) }

@@ -62,6 +62,7 @@ pub fn judge(state: &NodeState, endpoint: &EndpointState, facts: &Facts) -> Judg
         aliases: &state.world.federation.aliases,
         peer,
         peer_ip: facts.peer_ip,
+        local_ips: &endpoint.addresses,
         port: facts.port,
         protocol: proto::TCP,
     };

@@ -79,6 +79,8 @@ pub const TARGETS: &[Target] = &[
             b"apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {signet.dev/mode: strict}}\n",
             b"apiVersion: v1\nkind: Pod\nmetadata: {name: a, namespace: b, uid: c}\nspec: {nodeName: n, containers: []}\nstatus: {podIPs: [{ip: 10.0.0.1}]}\n",
             b"apiVersion: v1\nkind: Service\nmetadata: {name: a, namespace: b}\nspec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}\n",
+            b"apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: shop, annotations: {istio.io/dry-run: \"true\"}}\nspec:\n  selector: {matchLabels: {app: db}}\n  action: DENY\n  rules:\n  - from: [{source: {principals: [td/ns/a/*], notIpBlocks: [10.0.0.0/8], serviceAccounts: [a/b]}}]\n    to: [{operation: {ports: [\"80\"], methods: [GET]}}]\n    when: [{key: source.namespace, values: [x]}, {key: destination.ip, notValues: [fd00::1]}]\n",
+            b"apiVersion: security.istio.io/v1beta1\nkind: PeerAuthentication\nmetadata: {name: p, namespace: shop, creationTimestamp: 2026-01-01T00:00:00Z}\nspec: {selector: {matchLabels: {app: db}}, mtls: {mode: STRICT}, portLevelMtls: {5432: {mode: DISABLE}}}\n",
             b"apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: a, namespace: b}\naddressType: IPv4\nendpoints: []\nports: []\n",
         ],
     },
@@ -182,7 +184,7 @@ fn yaml(data: &[u8]) -> bool {
 }
 
 fn manifest(data: &[u8]) -> bool {
-    text(data).is_some_and(|text| manifest::read("fuzz.yaml", text).is_ok())
+    text(data).is_some_and(|text| manifest::read("fuzz.yaml", text, "istio-system").is_ok())
 }
 
 fn ranges(data: &[u8]) -> bool {

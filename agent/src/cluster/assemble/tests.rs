@@ -9,6 +9,8 @@ fn around() -> Surroundings {
         ranges: Ranges::default(),
         federation: Arc::default(),
         policies: vec![],
+        peer_authentications: vec![],
+        root_namespace: "istio-system".into(),
         announced: HashMap::new(),
         problems: vec![],
         synced: Synced { pods: true, policies: true },

@@ -3,7 +3,7 @@ use std::time::Duration;
 use signet_ebpf::abi::Mode;
 
 use super::*;
-use crate::cluster::enrolment::FilesBoard;
+use crate::cluster::{enrolment::FilesBoard, model::ModeOrigin};
 
 struct Dir(tempfile::TempDir);
 
@@ -379,4 +379,45 @@ async fn a_directory_that_goes_keeps_the_last_world_and_comes_back() {
     outer.put("cluster/ns.yaml", &namespace("shop", "permissive"));
     wait(&mut worlds, |w| w.problems.is_empty() && w.namespaces["shop"].mode == Mode::Permissive)
         .await;
+}
+
+#[test]
+fn istio_s_objects_are_followed_as_our_own() {
+    let dir = Dir::new();
+    dir.put("ns.yaml", &(namespace("shop", "permissive") + &pod("u1", "web", "n1", "10.0.0.1")));
+    let (mut directory, world) = open(&dir);
+    assert!(world.policies.policies.is_empty());
+    let object = |kind: &str, spec: &str| {
+        format!(
+            "apiVersion: security.istio.io/v1\nkind: {kind}\nmetadata: {{name: a, namespace: \
+             shop}}\nspec: {spec}\n---\n"
+        )
+    };
+    dir.put(
+        "istio.yaml",
+        &(object("AuthorizationPolicy", "{}")
+            + &object("PeerAuthentication", "{mtls: {mode: STRICT}}")
+            + &object("RequestAuthentication", "{}")),
+    );
+    let world = directory.refresh().unwrap();
+    assert_eq!(world.policies.policies[0].name.to_string(), "AuthorizationPolicy/shop/a");
+    assert_eq!(world.peer_authentications.len(), 1);
+    let web = world.pod_at("10.0.0.1".parse().unwrap()).unwrap();
+    assert_eq!((web.mode, web.mode_origin), (Mode::Strict, ModeOrigin::PeerAuthentication));
+    // A fault keeps what the file said.
+    dir.put("istio.yaml", &object("PeerAuthentication", "{mtls: {mode: STRIKT}}"));
+    let broken = directory.refresh().unwrap();
+    assert_eq!(broken.policies, world.policies);
+    let [problem] = subjects(&broken).try_into().unwrap();
+    assert!(
+        problem.ends_with(
+            "PeerAuthentication a: spec.mtls.mode: \"STRIKT\" is not a mode; write UNSET, DISABLE, \
+             PERMISSIVE or STRICT"
+        ),
+        "{problem}"
+    );
+    dir.remove("istio.yaml");
+    let gone = directory.refresh().unwrap();
+    assert!(gone.policies.policies.is_empty() && gone.peer_authentications.is_empty());
+    assert_eq!(gone.pod_at("10.0.0.1".parse().unwrap()).unwrap().mode, Mode::Permissive);
 }

@@ -54,7 +54,7 @@ impl Planner<'_> {
 
     fn address_entry(&mut self, pod: &Pod, numbers: &mut Numbers) -> AddressEntry {
         let mut flags = 0;
-        if pod.is_enrollable() && !is_spared(&pod.name.namespace, self.input.params) {
+        if pod.is_enrollable() && !is_spared(&pod.name.namespace, &self.input.params.never_deny) {
             flags |= address::ENROLLABLE;
         }
         if self.is_enrolled(pod) {

@@ -168,17 +168,17 @@ pub fn wanted_mode(pod: &Pod, params: &Params) -> Option<Mode> {
     if !here || pod.host_network || pod.finished {
         return None;
     }
-    Some(capped(pod, params))
+    Some(capped(pod, &params.never_deny))
 }
 
 /// The mode of any pod, not more than observe where enforcing is impossible or forbidden.
-fn capped(pod: &Pod, params: &Params) -> Mode {
-    let spared = pod.unenforceable.is_some() || is_spared(&pod.name.namespace, params);
+pub fn capped(pod: &Pod, never_deny: &BTreeSet<Arc<str>>) -> Mode {
+    let spared = pod.unenforceable.is_some() || is_spared(&pod.name.namespace, never_deny);
     if spared { pod.mode.min(Mode::Observe) } else { pod.mode }
 }
 
-fn is_spared(namespace: &Arc<str>, params: &Params) -> bool {
-    params.never_deny.contains(namespace) || SYSTEM_NAMESPACES.contains(&&**namespace)
+fn is_spared(namespace: &Arc<str>, never_deny: &BTreeSet<Arc<str>>) -> bool {
+    never_deny.contains(namespace) || SYSTEM_NAMESPACES.contains(&&**namespace)
 }
 
 /// Makes the plan.
@@ -230,7 +230,7 @@ impl<'a> Planner<'a> {
     }
 
     fn is_enrolled(&self, pod: &Pod) -> bool {
-        pod.is_enrollable() && capped(pod, self.input.params).is_enforced()
+        pod.is_enrollable() && capped(pod, &self.input.params.never_deny).is_enforced()
     }
 
     /// This node's pods, each on its way.
@@ -316,14 +316,11 @@ impl<'a> Planner<'a> {
         let ports = found.listeners.unwrap_or_default();
         let namespace = self.input.world.namespaces.get(&pod.name.namespace);
         let judged = phase.is_judged() && mode != Mode::Off;
-        let policies: Arc<[Arc<Policy>]> = if judged {
-            self.input.world.policies.selecting(&pod.name.namespace, &pod.labels).into()
-        } else {
-            Arc::default()
-        };
+        let policies: Arc<[Arc<Policy>]> =
+            if judged { self.input.world.policies_of(pod).into() } else { Arc::default() };
         self.own_rows(pod, found, netns, mode, phase, number, ports);
-        if judged && let Some(namespace) = namespace {
-            for exempt in namespace.exempt_ports.iter() {
+        if judged {
+            for exempt in pod.exempt_ports.iter() {
                 let key =
                     ExemptKey { netns, port: exempt.port, protocol: exempt.protocol, pad: [0; 5] };
                 self.tables.exempt.insert(key, 1);

@@ -1,6 +1,6 @@
 //! Compiling endpoints' policies for the kernel, once for each change.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 
 use signet_ebpf::abi::{Mode, pod};
 
@@ -22,6 +22,7 @@ pub(super) struct CompiledFrom {
     default_deny: bool,
     observe: bool,
     identities: Arc<BTreeSet<u32>>,
+    addresses: Vec<IpAddr>,
     aliases: Vec<TrustDomain>,
 }
 
@@ -46,6 +47,7 @@ impl Planner<'_> {
                 default_deny: endpoint.default_deny,
                 observe: endpoint.mode == Mode::Observe,
                 identities: identities.clone(),
+                addresses: endpoint.addresses.clone(),
                 aliases: world.federation.aliases.clone(),
             };
             if let Some((compiled_from, entries)) = numbers.compiled.get(netns)
@@ -63,6 +65,7 @@ impl Planner<'_> {
                     identities: &known,
                     number: &|name| numbers.policies.number(name),
                     observe: from.observe,
+                    local_ips: &from.addresses,
                     max_entries: MAX_POLICY_ENTRIES as usize,
                 })
             };

@@ -91,6 +91,8 @@ impl Scene {
             named_ports: BTreeMap::new(),
             mode: self.world.namespaces.get(namespace).map_or(Mode::Off, |n| n.mode),
             mode_origin: ModeOrigin::Namespace,
+            exempt_ports: Arc::default(),
+            strict_ports: None,
             unenforceable: None,
         };
         self.world.pods.insert(uid.clone(), Arc::new(pod));
@@ -140,23 +142,17 @@ impl Scene {
     }
 
     fn policy(&mut self, name: &str, namespace: &str, action: Action, ingress: Vec<Rule>) {
-        let policy = Policy {
-            name: PolicyName {
-                kind: "IdentityPolicy".into(),
-                namespace: namespace.into(),
-                name: name.into(),
-            },
-            selector: Selector { namespace: Some(namespace.into()), labels: BTreeMap::new() },
-            action,
-            ingress,
-            egress: Vec::new(),
-            governs_ingress: true,
-            governs_egress: false,
-            unsupported: Vec::new(),
+        let name = PolicyName {
+            kind: "IdentityPolicy".into(),
+            namespace: namespace.into(),
+            name: name.into(),
         };
+        let selector = Selector { namespace: Some(namespace.into()), labels: BTreeMap::new() };
+        let policy =
+            Policy { ingress, governs_ingress: true, ..Policy::new(name, selector, action) };
         let mut policies = self.world.policies.policies.clone();
         policies.push(Arc::new(policy));
-        self.world.policies = Arc::new(PolicySet { policies });
+        self.world.policies = Arc::new(PolicySet::new(policies));
         self.world.revision += 1;
     }
 
@@ -421,11 +417,10 @@ fn services_ranges_nodes_and_exempt_ports_are_written() {
     let mut scene = Scene::new();
     scene.namespace("shop", Mode::Strict);
     scene.namespace("legacy", Mode::Off);
-    if let Some(namespace) = scene.world.namespaces.get_mut("shop") {
-        namespace.exempt_ports =
-            [crate::cluster::model::ExemptPort { port: 9090, protocol: 6 }].into();
-    }
     let uid = scene.pod("shop", "pay", NODE, "10.0.0.1");
+    scene.change(&uid, |pod| {
+        pod.exempt_ports = [crate::cluster::model::ExemptPort { port: 9090, protocol: 6 }].into();
+    });
     scene.pod("legacy", "old", "node-2", "10.0.2.9");
     scene.found(&uid, 7, "10.0.0.1");
     scene.ready(&uid);

@@ -10,7 +10,7 @@ use signet_ebpf::{
 };
 
 use super::*;
-use crate::policy::model::{Action, Peer, Ports, Rule, Selector};
+use crate::policy::model::{Action, Condition, Destination, Peer, Ports, Rule, Selector};
 
 const POD: u64 = 7;
 
@@ -76,6 +76,11 @@ fn identities() -> Vec<(u32, SpiffeId)> {
         .collect()
 }
 
+/// The pod's own addresses: two of one family, so that they cannot always be told apart.
+fn own_addresses() -> [IpAddr; 3] {
+    ["10.1.2.3", "10.200.0.1", "fd00:1::5"].map(|ip| ip.parse().unwrap())
+}
+
 fn number_of(name: &PolicyName) -> u32 {
     name.name.parse().unwrap()
 }
@@ -89,6 +94,7 @@ fn compiled(policies: &[Arc<Policy>], default_deny: bool, observe: bool) -> Vec<
         identities: &identities(),
         number: &number_of,
         observe,
+        local_ips: &own_addresses(),
         max_entries: 1_000_000,
     })
     .unwrap()
@@ -139,17 +145,22 @@ fn peer() -> impl Strategy<Value = Peer> {
         "spiffe://other.test/*",
     ];
     const SPACES: &[&str] = &["shop", "ev*", "*op", "*"];
+    const DOMAINS: &[&str] = &["cluster.local", "*", "clu*", "*.test", "other.test"];
     (
         (texts(IDS), texts(IDS), texts(SPACES), texts(SPACES)),
         (accounts(), accounts(), blocks(), blocks()),
+        (texts(DOMAINS), texts(DOMAINS), prop::bool::weighted(0.1)),
     )
-        .prop_map(|((i, ni, n, nn), (a, na, b, nb))| Peer {
+        .prop_map(|((i, ni, n, nn), (a, na, b, nb), (d, nd, unidentified))| Peer {
             identities: i,
             not_identities: ni,
             namespaces: n,
             not_namespaces: nn,
             service_accounts: a,
             not_service_accounts: na,
+            trust_domains: d,
+            not_trust_domains: nd,
+            unidentified,
             ip_blocks: b,
             not_ip_blocks: nb,
         })
@@ -168,37 +179,59 @@ fn ports() -> impl Strategy<Value = Vec<Ports>> {
     prop_oneof![2 => Just(vec![]), 1 => vec(one, 1..3)]
 }
 
+fn destination() -> impl Strategy<Value = Destination> {
+    (ports(), ports()).prop_map(|(ports, not_ports)| Destination { ports, not_ports })
+}
+
+fn condition() -> impl Strategy<Value = Condition> {
+    prop_oneof![
+        2 => peer().prop_map(Condition::Peer),
+        2 => destination().prop_map(Condition::To),
+        1 => (blocks(), blocks())
+            .prop_map(|(blocks, not_blocks)| Condition::Local { blocks, not_blocks }),
+    ]
+}
+
 fn rule() -> impl Strategy<Value = Rule> {
-    (vec(peer(), 0..3), ports(), ports(), any::<bool>()).prop_map(
-        |(peers, ports, not_ports, unauthenticated)| Rule {
-            peers,
-            ports,
-            not_ports,
-            unauthenticated,
-        },
+    (
+        vec(peer(), 0..3),
+        vec(destination(), 0..3),
+        prop_oneof![2 => Just(vec![]), 1 => vec(condition(), 1..3)],
+        any::<bool>(),
+        (prop::bool::weighted(0.05), prop::bool::weighted(0.1)),
     )
+        .prop_map(|(peers, to, when, unauthenticated, (never, unsupported))| Rule {
+            peers,
+            to,
+            when,
+            unauthenticated,
+            never,
+            unsupported: if unsupported { vec!["x".into()] } else { vec![] },
+        })
+}
+
+fn blank(name: &str, action: Action) -> Policy {
+    let name = PolicyName { kind: "k".into(), namespace: "shop".into(), name: name.into() };
+    Policy::new(name, Selector { namespace: None, labels: BTreeMap::new() }, action)
 }
 
 fn policies() -> impl Strategy<Value = Vec<Arc<Policy>>> {
     let action = select(&[Action::Allow, Action::Deny, Action::Audit][..]);
     let unsupported = prop_oneof![9 => Just(vec![]), 1 => Just(vec!["x".to_owned()])];
-    let one = (action, option::of(vec(rule(), 0..3)), option::of(vec(rule(), 0..3)), unsupported);
+    let rules = || option::of(vec(rule(), 0..3));
+    let one = (action, rules(), rules(), unsupported, prop::bool::weighted(0.15));
     vec(one, 0..4).prop_map(|all| {
         let mut policies = Vec::new();
-        for (action, ingress, egress, unsupported) in all {
+        for (action, ingress, egress, unsupported, dry_run) in all {
+            let name = (policies.len() + 1).to_string();
             policies.push(Arc::new(Policy {
-                name: PolicyName {
-                    kind: "IdentityPolicy".into(),
-                    namespace: "shop".into(),
-                    name: (policies.len() + 1).to_string().into(),
-                },
-                selector: Selector { namespace: None, labels: BTreeMap::new() },
-                action,
                 governs_ingress: ingress.is_some(),
                 governs_egress: egress.is_some(),
                 ingress: ingress.unwrap_or_default(),
                 egress: egress.unwrap_or_default(),
+                dry_run,
                 unsupported,
+                ..blank(&name, action)
             }));
         }
         policies
@@ -276,6 +309,7 @@ proptest! {
                 aliases: &[],
                 peer,
                 peer_ip: ip,
+                local_ips: &own_addresses(),
                 port,
                 protocol,
             });
@@ -302,7 +336,8 @@ proptest! {
                 now: 0,
             };
             let got = if egress { decide_egress(&maps, &flow) } else { decide_ingress(&maps, &flow) };
-            let number = wanted.policy.as_ref().map_or(0, |p| number_of(&p.name));
+            let told = wanted.audit.as_ref().filter(|_| wanted.is_allowed());
+            let number = told.or(wanted.policy.as_ref()).map_or(0, |p| number_of(&p.name));
             prop_assert_eq!(got.reason, wanted.reason, "{:?} {:?} {:?}", ip, who, flow);
             prop_assert_eq!(got.policy, number, "{:?} {:?} {:?}", ip, who, flow);
             if wanted.is_allowed() {
@@ -338,14 +373,9 @@ proptest! {
 
 fn allow(ports: Vec<Ports>, peers: Vec<Peer>) -> Vec<Arc<Policy>> {
     vec![Arc::new(Policy {
-        name: PolicyName { kind: "k".into(), namespace: "shop".into(), name: "1".into() },
-        selector: Selector { namespace: None, labels: BTreeMap::new() },
-        action: Action::Allow,
-        ingress: vec![Rule { peers, ports, ..Rule::default() }],
-        egress: vec![],
+        ingress: vec![Rule::of(peers, ports)],
         governs_ingress: true,
-        governs_egress: false,
-        unsupported: vec![],
+        ..blank("1", Action::Allow)
     })]
 }
 
@@ -379,6 +409,7 @@ fn too_many_entries_are_refused_with_a_reason() {
             identities: &identities(),
             number: &number_of,
             observe: false,
+            local_ips: &own_addresses(),
             max_entries,
         })
     };

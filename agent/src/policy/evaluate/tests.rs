@@ -59,6 +59,7 @@ fn judge_in(
         aliases: &[],
         peer,
         peer_ip: ip.parse().unwrap(),
+        local_ips: &[],
         port,
         protocol,
     };
@@ -236,15 +237,14 @@ fn ports_protocols_and_addresses() {
 #[test]
 fn what_is_not_understood_never_widens() {
     let broken = |action, ingress: Vec<Rule>| {
+        let name = PolicyName { kind: "K".into(), namespace: "shop".into(), name: "b".into() };
+        let selector =
+            super::super::model::Selector { namespace: None, labels: Default::default() };
         Arc::new(Policy {
-            name: PolicyName { kind: "K".into(), namespace: "shop".into(), name: "b".into() },
-            selector: super::super::model::Selector { namespace: None, labels: Default::default() },
-            action,
             ingress,
-            egress: vec![],
             governs_ingress: true,
-            governs_egress: false,
             unsupported: vec!["layer 7".into()],
+            ..Policy::new(name, selector, action)
         })
     };
     let judged = |policies: &[Arc<Policy>], who| {
@@ -271,6 +271,7 @@ fn audit_reports_and_changes_nothing() {
         aliases: &[],
         peer: PeerIdentity::Authenticated(id),
         peer_ip: "10.0.0.1".parse().unwrap(),
+        local_ips: &[],
         port: 80,
         protocol: 6,
     };
@@ -297,6 +298,7 @@ fn an_alias_is_our_own_domain_in_identities_and_in_patterns() {
             aliases,
             peer: PeerIdentity::Authenticated(id),
             peer_ip: "10.0.0.1".parse().unwrap(),
+            local_ips: &[],
             port: 80,
             protocol: 6,
         };
@@ -322,12 +324,10 @@ fn an_alias_is_our_own_domain_in_identities_and_in_patterns() {
 
 #[test]
 fn selectors_choose_pods() {
-    let all = crate::policy::model::PolicySet {
-        policies: policies(&[
-            "{selector: {matchLabels: {app: pay}}, ingress: []}",
-            "{ingress: []}",
-        ]),
-    };
+    let all = crate::policy::model::PolicySet::new(policies(&[
+        "{selector: {matchLabels: {app: pay}}, ingress: []}",
+        "{ingress: []}",
+    ]));
     let labels = |pairs: &[(&str, &str)]| {
         pairs.iter().map(|(k, v)| (Arc::from(*k), Arc::from(*v))).collect()
     };

@@ -148,6 +148,8 @@ pub(super) fn pod(account: &str, pod_ip: &str, mode: Mode) -> Arc<Pod> {
         named_ports: BTreeMap::new(),
         mode,
         mode_origin: ModeOrigin::Namespace,
+        exempt_ports: Arc::default(),
+        strict_ports: None,
         unenforceable: None,
     })
 }
@@ -167,6 +169,7 @@ pub(super) fn world(revision: u64, pods: &[Arc<Pod>], served: &[&Arc<Pod>]) -> W
         services_by_ip: HashMap::new(),
         nodes: BTreeMap::new(),
         policies: Arc::new(PolicySet::default()),
+        peer_authentications: Vec::new(),
         ranges: Ranges {
             pods: vec!["10.77.0.0/16".parse().unwrap()],
             services: vec!["10.96.0.0/16".parse().unwrap()],
@@ -187,19 +190,15 @@ pub(super) fn allow(name: &str, direction: Direction, accounts: &[&str]) -> Arc<
     };
     let rule = Rule { peers: vec![peer], ..Rule::default() };
     let ingress = direction == Direction::Ingress;
+    let name =
+        PolicyName { kind: "IdentityPolicy".into(), namespace: "shop".into(), name: name.into() };
+    let selector = Selector { namespace: Some("shop".into()), labels: BTreeMap::new() };
     Arc::new(Policy {
-        name: PolicyName {
-            kind: "IdentityPolicy".into(),
-            namespace: "shop".into(),
-            name: name.into(),
-        },
-        selector: Selector { namespace: Some("shop".into()), labels: BTreeMap::new() },
-        action: Action::Allow,
         ingress: if ingress { vec![rule.clone()] } else { Vec::new() },
         egress: if ingress { Vec::new() } else { vec![rule] },
         governs_ingress: ingress,
         governs_egress: !ingress,
-        unsupported: Vec::new(),
+        ..Policy::new(name, selector, Action::Allow)
     })
 }
 
