@@ -40,8 +40,12 @@ use crate::{
     svid::{
         SvidManager, SvidParams,
         issuer::{RemoteError, RootFileError},
+        metrics::{Purpose, SvidMetrics},
     },
-    telemetry::logging::{self, LogError},
+    telemetry::{
+        logging::{self, LogError},
+        metrics::{Metrics, MetricsServer},
+    },
     trust::{Trust, follow},
     workload_api::{self, WorkloadApi, WorkloadApiDeps},
 };
@@ -251,7 +255,11 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     let log = recorder.log();
     let stop = CancellationToken::new();
     let mut following = identity.follow(stop.clone());
-    let svids = SvidManager::start(identity.issuer.clone(), SvidParams::default());
+    let mut metrics = Metrics::default();
+    let svid_metrics = SvidMetrics::register(&mut metrics);
+    let svid_params =
+        SvidParams { metrics: (svid_metrics, Purpose::Tunnel), ..SvidParams::default() };
+    let svids = SvidManager::start(identity.issuer.clone(), svid_params.clone());
     let opener = NetnsOpener::start().map_err(start("the network namespaces' thread"))?;
     let pins = programs.pins().to_owned();
     let flow_sockets = Arc::new(FlowSockets::open(&pins)?);
@@ -293,13 +301,14 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
             has_peer_pidfd: programs.features().has(features::Feature::PeerPidfd),
             limits: workload_api::Limits::default(),
         },
-        SvidParams::default(),
+        svid_params,
     );
     let (federation_failures, foreign_bundles) = watch::channel(follow::Failures::new());
     let mut federating = tokio::spawn(federate(world.clone(), trust.clone(), federation_failures));
     let (report, kernel_report) = watch::channel(reconcile::KernelReport::default());
     let (config_changes, live_config) = watch::channel(Arc::new(config.clone()));
-    let picture = Picture {
+    let (metrics_problem, metrics_problems) = watch::channel(None);
+    let picture = Arc::new(Picture {
         node: config.node.as_str().into(),
         started,
         location: dir.display().to_string().into(),
@@ -318,9 +327,22 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         report: kernel_report,
         config: live_config.clone(),
         losses: losses.clone(),
+        log: log.clone(),
         workloads,
         foreign_bundles,
+        metrics: metrics_problems,
         newest: Newest::new(started),
+    });
+    metrics.read({
+        let picture = picture.clone();
+        move || picture.readings()
+    });
+    let mut measuring = match config.metrics_listen {
+        Some(address) => {
+            let server = MetricsServer { address, metrics: metrics.shared() };
+            tokio::spawn(server.run(move |problem| drop(metrics_problem.send_replace(problem))))
+        }
+        None => tokio::spawn(std::future::pending()),
     };
     let counted = plane.clone();
     let deps = reconcile::Deps {
@@ -387,6 +409,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
             ended = &mut federating => break Err(ended_as("the follower of foreign bundles", joined(ended))),
             ended = &mut recording => break Err(ended_as("the recorder of closed flows", joined(ended))),
             ended = &mut collector => break Err(ended_as("the flow log", joined(ended))),
+            ended = &mut measuring => break Err(ended_as("the metrics' server", joined(ended))),
             ended = &mut following => break Err(ended_as("the authority's follower", joined(ended))),
             () = svids.ended() => break Err(ended_as("the SVID manager", "its task is gone".into())),
             why = plane.failed() => break Err(ended_as("the data plane", why)),

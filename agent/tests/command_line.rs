@@ -252,7 +252,8 @@ fn inputs(node: &str) -> StatusInputs {
         svids: vec![SvidFacts {
             id: SpiffeId::parse("spiffe://cluster.local/ns/shop/sa/payments").unwrap(),
             state: SvidState::Issued {
-                not_before: now - hour * 41 / 100,
+                obtained: now - hour * 41 / 100,
+                not_before: now - hour * 41 / 100 - SignedDuration::from_mins(5),
                 not_after: now + hour * 59 / 100,
             },
             next_attempt: Some(now + SignedDuration::from_secs(9 * 60 + 1)),

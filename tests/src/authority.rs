@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use crate::{
     lab::eventually,
+    metrics::Metrics,
     process::{Output, Place, Running, signet_binary, without_own_variables},
 };
 
@@ -24,6 +25,7 @@ const START: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub struct Authority {
     running: Running,
+    place: Option<Place>,
     address: SocketAddr,
     /// Where its part of the log begins: an earlier one may have written to the same file.
     begins: usize,
@@ -66,7 +68,7 @@ impl Authority {
             Ok(address.map(Ok))
         })?;
         match address {
-            Ok(address) => Ok(Self { running, address, begins }),
+            Ok(address) => Ok(Self { running, place: place.cloned(), address, begins }),
             Err(status) => bail!("{name} ended: {status}\n{}", running.said()),
         }
     }
@@ -74,6 +76,14 @@ impl Authority {
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Its metrics, where `--metrics-listen` was given.
+    pub fn metrics(&self) -> Result<Metrics> {
+        let lines = self.lines();
+        let started = lines.iter().find(|line| line["message"] == "authority started");
+        let address = started.and_then(|line| line["metrics"].as_str());
+        Metrics::scrape(self.place.as_ref(), address.context("it serves no metrics")?)
     }
 
     /// Its log, one JSON object a line.

@@ -39,6 +39,7 @@ pub mod kubelet;
 pub mod lab;
 pub mod leftovers;
 pub mod link;
+pub mod metrics;
 pub mod netns;
 pub mod node;
 pub mod pod;

@@ -113,6 +113,8 @@ pub enum SvidState {
     Missing,
     /// Issued; valid between these.
     Issued {
+        /// When it was obtained: it is backdated for clocks that are behind.
+        obtained: Timestamp,
         /// Not before.
         not_before: Timestamp,
         /// Not after.

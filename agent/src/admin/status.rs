@@ -9,6 +9,7 @@ use super::inputs::{StatusInputs, SvidFacts, SvidState};
 use crate::{
     flow::recorder::Totals,
     proto::{self, admin},
+    svid::metrics::used,
     telemetry::{names, reason},
 };
 
@@ -100,11 +101,11 @@ fn svids(svids: &[SvidFacts], now: Timestamp) -> admin::Svids {
     let mut valid = 0;
     let mut oldest = None;
     for svid in svids {
-        if let SvidState::Issued { not_before, not_after } = svid.state
+        if let SvidState::Issued { obtained, not_after, .. } = svid.state
             && not_after > now
         {
             valid += 1;
-            oldest = oldest.max(Some(used_percent(not_before, not_after, now)));
+            oldest = oldest.max(Some(used_percent(obtained, not_after, now)));
         }
     }
     let next = svids.iter().filter_map(|s| s.next_attempt).min();
@@ -122,10 +123,8 @@ pub(super) fn is_failed(svid: &SvidFacts, now: Timestamp) -> bool {
     svid.error.is_some() || expired
 }
 
-fn used_percent(not_before: Timestamp, not_after: Timestamp, now: Timestamp) -> u32 {
-    let whole = seconds_between(not_before, not_after).max(1);
-    let used = seconds_between(not_before, now).saturating_mul(100) / whole;
-    u32::try_from(used.min(100)).unwrap_or(100)
+fn used_percent(obtained: Timestamp, not_after: Timestamp, now: Timestamp) -> u32 {
+    (used(obtained, not_after, now) * 100.0) as u32
 }
 
 fn pods(inputs: &StatusInputs) -> admin::Pods {

@@ -25,10 +25,12 @@ pub fn assemble(inputs: &StatusInputs, now: Timestamp) -> admin::ListSvidsRespon
 
 fn held(facts: &SvidFacts, used_for: &str, pod: &str, now: Timestamp) -> admin::HeldSvid {
     let (state, validity) = match facts.state {
-        SvidState::Issued { not_before, not_after } if not_after > now => {
+        SvidState::Issued { not_before, not_after, .. } if not_after > now => {
             ("valid", Some((not_before, not_after)))
         }
-        SvidState::Issued { not_before, not_after } => ("expired", Some((not_before, not_after))),
+        SvidState::Issued { not_before, not_after, .. } => {
+            ("expired", Some((not_before, not_after)))
+        }
         SvidState::Missing if is_failed(facts, now) => ("failed", None),
         SvidState::Missing => ("missing", None),
     };

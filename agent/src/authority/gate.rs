@@ -12,13 +12,14 @@ use std::{
 };
 
 use http::{HeaderMap, Request, Response, header::AUTHORIZATION};
-use tonic::{Status, body::Body};
+use tonic::{Code, Status, body::Body};
 use tower::{Layer, Service};
 
 use super::{
     callers::{AuthError, Caller, CallerAuth},
     limits::Limits,
     listen::Peer,
+    metrics::AuthorityMetrics,
     request::AUDIT,
 };
 
@@ -32,6 +33,7 @@ struct Gate {
     callers: Arc<dyn CallerAuth>,
     limits: Limits,
     unknown: UnknownCallers,
+    metrics: AuthorityMetrics,
 }
 
 /// Audit lines about callers that nobody knows: whoever can connect could otherwise fill the
@@ -63,8 +65,9 @@ impl UnknownCallers {
 
 impl GateLayer {
     /// Lets through whom `callers` knows, as often as `limits` says.
-    pub fn new(callers: Arc<dyn CallerAuth>, limits: Limits) -> Self {
-        Self { gate: Arc::new(Gate { callers, limits, unknown: UnknownCallers::new() }) }
+    pub fn new(callers: Arc<dyn CallerAuth>, limits: Limits, metrics: AuthorityMetrics) -> Self {
+        let unknown = UnknownCallers::new();
+        Self { gate: Arc::new(Gate { callers, limits, unknown, metrics }) }
     }
 }
 
@@ -102,18 +105,32 @@ where
         let mut inner = std::mem::replace(&mut self.inner, clone);
         let gate = self.gate.clone();
         Box::pin(async move {
+            let begun = Instant::now();
             match gate.admit(request.headers()).await {
                 Ok(caller) => {
                     request.extensions_mut().insert(caller);
-                    inner.call(request).await
+                    let path = request.uri().path().to_owned();
+                    let answer = inner.call(request).await?;
+                    // A refusal of a unary call is all in its head.
+                    let code =
+                        Status::from_header_map(answer.headers()).map_or(Code::Ok, |s| s.code());
+                    gate.metrics.request(&path, code, Some(begun.elapsed()));
+                    Ok(answer)
                 }
                 Err((node, status)) => {
+                    let path = request.uri().path();
+                    let known = node.is_some().then(|| begun.elapsed());
+                    gate.metrics.request(path, status.code(), known);
+                    gate.metrics.audit("refused", path, reason(&status));
                     let peer = request.extensions().get::<Peer>().map(|p| p.0);
                     let left_out = match &node {
                         Some(_) => Some(0),
                         None => gate.unknown.line(Instant::now()),
                     };
-                    let Some(left_out) = left_out else { return Ok(status.into_http()) };
+                    let Some(left_out) = left_out else {
+                        gate.metrics.left_out();
+                        return Ok(status.into_http());
+                    };
                     tracing::warn!(
                         target: AUDIT,
                         outcome = "refused",

@@ -93,6 +93,7 @@ impl IstioCertificateService for IstioCa {
         let request = request.into_inner();
         let identity = impersonated(&request);
         let asked = Asked {
+            authority: &self.authority,
             method: "CreateCertificate",
             caller: &caller,
             peer,

@@ -14,9 +14,10 @@ use rustls::{pki_types::PrivateKeyDer, sign::CertifiedKey};
 use tokio::time;
 
 use super::{
+    metrics::AuthorityMetrics,
     output::BundleOutput,
     pods::PodDirectory,
-    state::{Pace, State, StateError},
+    state::{Pace, Phase, State, StateError},
     store::{RootStore, StoreError, Version, open_or_create},
 };
 use crate::{
@@ -47,6 +48,11 @@ pub struct Signing {
 }
 
 impl Signing {
+    /// Until when that certificate is valid.
+    pub fn serving_until(&self) -> Timestamp {
+        self.serving_until
+    }
+
     /// The certificate that the replica serves with.
     pub fn serving(&self) -> &Arc<CertifiedKey> {
         &self.serving
@@ -96,6 +102,8 @@ pub struct Keeper {
     output: BundleOutput,
     current: Arc<ArcSwap<Signing>>,
     reports: Arc<Reports>,
+    rotation: Arc<RotationPhase>,
+    metrics: AuthorityMetrics,
     state: State,
     version: Version,
     provided: Option<Provided>,
@@ -111,8 +119,30 @@ impl Reports {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(node.into(), digest);
     }
 
+    /// How many nodes have reported this digest last, and how many another.
+    pub fn count(&self, digest: &[u8; 32]) -> (usize, usize) {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let current = all.values().filter(|reported| *reported == digest).count();
+        (current, all.len() - current)
+    }
+
     fn all(&self) -> BTreeMap<String, [u8; 32]> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// The phase of a rotation and since when it is in it; `None`: there is no rotation.
+#[derive(Debug, Default)]
+pub struct RotationPhase(Mutex<Option<(Phase, Timestamp)>>);
+
+impl RotationPhase {
+    /// As of the last look at the document.
+    pub fn get(&self) -> Option<(Phase, Timestamp)> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, phase: Option<(Phase, Timestamp)>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = phase;
     }
 }
 
@@ -124,6 +154,7 @@ impl Keeper {
         store: Arc<dyn RootStore>,
         pods: Arc<dyn PodDirectory>,
         output: BundleOutput,
+        metrics: AuthorityMetrics,
     ) -> Result<Self, KeeperError> {
         let now = Timestamp::now();
         let provided = read_provided(&config, &domain, now)?;
@@ -138,6 +169,8 @@ impl Keeper {
             output,
             current,
             reports: Arc::default(),
+            rotation: Arc::default(),
+            metrics,
             state,
             version,
             provided,
@@ -156,13 +189,20 @@ impl Keeper {
         self.reports.clone()
     }
 
+    /// How far a rotation has come, followed.
+    pub fn rotation(&self) -> Arc<RotationPhase> {
+        self.rotation.clone()
+    }
+
     /// Follows the store until the task is dropped. What fails is tried again; what was last
     /// good stays.
     pub async fn run(mut self) {
         let poll = POLL.min(self.config.refresh_hint / 2).max(Duration::from_millis(200));
         loop {
             time::sleep(poll).await;
-            if let Err(error) = self.turn().await {
+            let turned = self.turn().await;
+            self.metrics.turn(turned.is_ok());
+            if let Err(error) = turned {
                 tracing::error!(%error, "the authority's state is not followed; trying again");
             }
         }
@@ -234,6 +274,8 @@ impl Keeper {
     }
 
     async fn publish(&self) {
+        let rotation = self.state.rotation().map(|rotation| (rotation.phase, rotation.since));
+        self.rotation.set(rotation);
         let signing = self.current.load_full();
         self.output.write(&signing.bundle).await;
     }

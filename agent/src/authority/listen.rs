@@ -27,7 +27,7 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tonic::transport::server::Connected;
 
-use super::keeper::Signing;
+use super::{keeper::Signing, metrics::AuthorityMetrics};
 
 /// A handshake that takes longer is given up.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -109,10 +109,12 @@ impl fmt::Debug for Present {
 }
 
 /// Accepts connections and shakes hands with many at a time; the receiver gets those that
-/// succeeded. Ends when the receiver is dropped.
+/// succeeded; all are counted under the listener's `name`. Ends when the receiver is dropped.
 pub fn accept(
     listener: TcpListener,
     tls: Arc<ServerConfig>,
+    name: &'static str,
+    metrics: AuthorityMetrics,
 ) -> mpsc::Receiver<io::Result<Connection>> {
     let (sender, receiver) = mpsc::channel(64);
     tokio::spawn(async move {
@@ -138,13 +140,23 @@ pub fn accept(
             };
             let Some(share) = sources.enter(peer.ip()) else {
                 tracing::debug!(%peer, "too many connections from this address");
+                metrics.handshake(name, "too_many");
                 continue;
             };
             let (acceptor, sender) = (acceptor.clone(), sender.clone());
+            let metrics = metrics.clone();
             tokio::spawn(async move {
                 let _ = stream.set_nodelay(true);
                 let shaken = time::timeout(HANDSHAKE, acceptor.accept(stream)).await;
                 drop(turn);
+                metrics.handshake(
+                    name,
+                    match &shaken {
+                        Ok(Ok(_)) => "ok",
+                        Ok(Err(_)) => "failed",
+                        Err(_) => "timeout",
+                    },
+                );
                 match shaken {
                     Ok(Ok(stream)) => {
                         let connection = Connection { stream, peer, _room: (room, share) };

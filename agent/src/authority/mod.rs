@@ -13,6 +13,7 @@ mod jwt_keys;
 pub mod keeper;
 pub mod limits;
 pub mod listen;
+pub mod metrics;
 pub mod output;
 pub mod own;
 pub mod pods;
@@ -38,6 +39,7 @@ use self::{
     istio::IstioCa,
     keeper::{Keeper, KeeperError, Signing},
     limits::Limits,
+    metrics::AuthorityMetrics,
     output::BundleOutput,
     own::OwnApi,
     pods::{FilesPods, KubePods, PodDirectory},
@@ -50,7 +52,10 @@ use crate::{
     cluster::files::{FilesError, FilesParams, FilesSource},
     config::{authority::AuthorityConfig, values::LogFormat},
     spiffe::{SpiffeIdError, TrustDomain},
-    telemetry::logging::{self, LogError},
+    telemetry::{
+        logging::{self, LogError},
+        metrics::{Metrics, serve as serve_metrics},
+    },
 };
 
 /// A request that takes longer is given up.
@@ -221,17 +226,46 @@ async fn serve(config: Arc<AuthorityConfig>) -> Result<(), AuthorityError> {
         Some(address) => Some(bind("webListen", address).await?),
         None => None,
     };
+    let metrics_listener = match config.metrics_listen {
+        Some(address) => Some(bind("metricsListen", address).await?),
+        None => None,
+    };
 
+    let mut registry = Metrics::default();
+    let metrics = AuthorityMetrics::register(&mut registry);
     let config_map = surroundings.api.clone().zip(config.bundle_config_map.clone());
     let output = BundleOutput::new(config.bundle_file.clone(), config_map);
     let Surroundings { domain, store, pods, .. } = surroundings;
-    let keeper =
-        Keeper::open(config.clone(), domain.clone(), store.clone(), pods.clone(), output).await?;
-    let (signing, reports) = (keeper.signing(), keeper.reports());
-    let authority = Arc::new(Authority { domain: domain.clone(), pods, signing: signing.clone() });
-    let connections = listen::accept(listener, listen::tls(signing.clone(), &[b"h2"])?);
-    let gate =
-        GateLayer::new(callers, Limits::new(config.requests_per_second, config.request_burst));
+    let keeper = Keeper::open(
+        config.clone(),
+        domain.clone(),
+        store.clone(),
+        pods.clone(),
+        output,
+        metrics.clone(),
+    )
+    .await?;
+    let (signing, reports, rotation) = (keeper.signing(), keeper.reports(), keeper.rotation());
+    registry.read({
+        let (signing, reports) = (signing.clone(), reports.clone());
+        move || metrics::readings(&signing, rotation.get(), &reports)
+    });
+    let (mut measuring, metrics_address) = match metrics_listener {
+        Some((listener, address)) => {
+            (tokio::spawn(serve_metrics(listener, registry.shared())), Some(address))
+        }
+        None => (tokio::spawn(std::future::pending()), None),
+    };
+    let authority = Arc::new(Authority {
+        domain: domain.clone(),
+        pods,
+        signing: signing.clone(),
+        metrics: metrics.clone(),
+    });
+    let tls = listen::tls(signing.clone(), &[b"h2"])?;
+    let connections = listen::accept(listener, tls, "grpc", metrics.clone());
+    let limits = Limits::new(config.requests_per_second, config.request_burst);
+    let gate = GateLayer::new(callers, limits, metrics.clone());
     let serving = Server::builder()
         .timeout(REQUEST)
         .concurrency_limit_per_connection(PER_CONNECTION)
@@ -254,13 +288,14 @@ async fn serve(config: Arc<AuthorityConfig>) -> Result<(), AuthorityError> {
                 None => listen::tls(signing.clone(), &[b"http/1.1"])?,
             };
             let web = Web::new(signing.clone(), config.oidc_issuer.clone(), config.refresh_hint);
-            (tokio::spawn(web::serve(listener, tls, web)), Some(address))
+            (tokio::spawn(web::serve(listener, tls, web, metrics)), Some(address))
         }
         None => (tokio::spawn(std::future::pending()), None),
     };
     tracing::info!(
         %address,
         web = web_address.map(tracing::field::display),
+        metrics = metrics_address.map(tracing::field::display),
         trust_domain = %domain,
         store = %store.place(),
         roots = describe(&signing),
@@ -279,6 +314,7 @@ async fn serve(config: Arc<AuthorityConfig>) -> Result<(), AuthorityError> {
         _ = interrupt.recv() => {}
         ended = &mut serving => return Err(AuthorityError::Ended(format!("the server ({ended:?})"))),
         ended = &mut web => return Err(AuthorityError::Ended(format!("the web server ({ended:?})"))),
+        ended = &mut measuring => return Err(AuthorityError::Ended(format!("the metrics' server ({ended:?})"))),
         ended = &mut keeping => return Err(AuthorityError::Ended(format!("the keeper ({ended:?})"))),
     }
     tracing::info!("draining");

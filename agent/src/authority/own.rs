@@ -128,7 +128,13 @@ impl AuthorityService for OwnApi {
         let caller = caller(&request)?;
         let request = request.into_inner();
         let identity = &request.spiffe_id;
-        let asked = Asked { method: "FetchJWTSVID", caller: &caller, peer, identity };
+        let asked = Asked {
+            authority: &self.authority,
+            method: "FetchJWTSVID",
+            caller: &caller,
+            peer,
+            identity,
+        };
         match self.token(&caller, &request).await {
             Ok((token, pod, not_after)) => {
                 asked.issued(&pod, not_after);

@@ -9,6 +9,7 @@ use super::{
     authorize::{Denied, authorize},
     callers::Caller,
     keeper::Signing,
+    metrics::AuthorityMetrics,
     pods::PodDirectory,
 };
 use crate::{
@@ -31,6 +32,8 @@ pub struct Authority {
     pub pods: Arc<dyn PodDirectory>,
     /// What is signed with.
     pub signing: Arc<ArcSwap<Signing>>,
+    /// Counts what is audited.
+    pub metrics: AuthorityMetrics,
 }
 
 /// Why a request of a known caller is refused.
@@ -98,6 +101,8 @@ impl Refusal {
 
 /// Who asked, from where, for what: the beginning of an audit line.
 pub struct Asked<'a> {
+    /// Who is asked.
+    pub authority: &'a Authority,
     /// The method.
     pub method: &'static str,
     /// The caller.
@@ -111,6 +116,7 @@ pub struct Asked<'a> {
 impl Asked<'_> {
     /// Notes the refusal and makes the answer of it.
     pub fn refused(&self, refusal: &Refusal) -> Status {
+        self.authority.metrics.audit("refused", self.method, refusal.kind());
         let identity = crate::spiffe::id::Excerpt::new(self.identity);
         tracing::warn!(
             target: AUDIT,
@@ -130,6 +136,7 @@ impl Asked<'_> {
 
     /// Notes what was issued.
     pub fn issued(&self, pod: &str, not_after: jiff::Timestamp) {
+        self.authority.metrics.audit("issued", self.method, "authorized");
         tracing::info!(
             target: AUDIT,
             outcome = "issued",

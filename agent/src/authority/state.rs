@@ -82,6 +82,16 @@ pub enum Phase {
     Signing,
 }
 
+impl Phase {
+    /// Its name in metrics, as in the document.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Published => "published",
+            Self::Signing => "signing",
+        }
+    }
+}
+
 /// How long the steps of a rotation take at least.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Pace {

@@ -27,7 +27,7 @@ use rustls::{
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, time};
 
-use super::{keeper::Signing, listen};
+use super::{keeper::Signing, listen, metrics::AuthorityMetrics};
 use crate::spiffe::SpiffeBundle;
 
 /// A request's head must be there within this.
@@ -169,8 +169,13 @@ async fn keys(State(web): State<Web>) -> Response {
 }
 
 /// Serves until the task is dropped.
-pub async fn serve(listener: TcpListener, tls: Arc<ServerConfig>, web: Web) {
-    let mut connections = listen::accept(listener, tls);
+pub async fn serve(
+    listener: TcpListener,
+    tls: Arc<ServerConfig>,
+    web: Web,
+    metrics: AuthorityMetrics,
+) {
+    let mut connections = listen::accept(listener, tls, "web", metrics);
     let service = TowerToHyperService::new(web.router());
     while let Some(connection) = connections.recv().await {
         let Ok(connection) = connection else { continue };

@@ -31,6 +31,7 @@ pub struct AuthorityConfig {
     pub web_cert_file: Option<PathBuf>,
     pub web_key_file: Option<PathBuf>,
     pub oidc_issuer: Option<String>,
+    pub metrics_listen: Option<SocketAddr>,
     pub svid_ttl: Duration,
     pub max_ttl: Duration,
     pub intermediate_ttl: Duration,
@@ -119,6 +120,7 @@ impl Default for AuthorityConfig {
             web_cert_file: None,
             web_key_file: None,
             oidc_issuer: None,
+            metrics_listen: None,
             svid_ttl: Duration::from_secs(3600),
             max_ttl: Duration::from_secs(24 * 3600),
             intermediate_ttl: Duration::from_secs(7 * 24 * 3600),
@@ -268,6 +270,10 @@ settings! {
          query."
         set(c, v) { c.oidc_issuer = Some(issuer(one(v)?)?); }
         get(c) shown(c.oidc_issuer.as_slice());
+    "metricsListen" false "address:port|off"
+        "Where metrics are served at /metrics, over HTTP and to everybody who can connect."
+        set(c, v) { c.metrics_listen = super::keys::listener(one(v)?)?; }
+        get(c) vec![super::keys::shown_listener(c.metrics_listen)];
     "svidTtl" false "duration" "How long an SVID is valid when the request leaves it open."
         set(c, v) { c.svid_ttl = duration(v, 10, 7 * 86_400)?; }
         get(c) vec![show_duration(c.svid_ttl)];

@@ -1,6 +1,6 @@
 //! The table of configuration keys.
 
-use std::{fmt::Display, path::PathBuf, str::FromStr, time::Duration};
+use std::{fmt::Display, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use super::{
     AgentConfig,
@@ -211,6 +211,23 @@ pub(super) fn each<T>(
     values.iter().map(|value| read(value)).collect()
 }
 
+/// An address to listen on, or `off`.
+pub(super) fn listener(value: &str) -> Result<Option<SocketAddr>, String> {
+    if value == "off" {
+        return Ok(None);
+    }
+    value.parse().map(Some).map_err(|_| {
+        format!(
+            "{:?} is not an address with a port; write it like 127.0.0.1:15020 or [::]:15020, or off",
+            shorten(value)
+        )
+    })
+}
+
+pub(super) fn shown_listener(listener: Option<SocketAddr>) -> String {
+    listener.map_or_else(|| "off".into(), |address| address.to_string())
+}
+
 pub(super) fn shown<T: ToString>(values: &[T]) -> Vec<String> {
     values.iter().map(T::to_string).collect()
 }
@@ -376,6 +393,10 @@ keys! {
     "limits.backlog" Restart false "number" "Backlog of a pod's listeners."
         set(c, v) { c.limits.backlog = number(v, 1, 65_535)?; }
         get(c) vec![c.limits.backlog.to_string()];
+    "metricsListen" Restart false "address:port|off"
+        "Where metrics are served at /metrics, over HTTP and to everybody who can connect."
+        set(c, v) { c.metrics_listen = listener(one(v)?)?; }
+        get(c) vec![shown_listener(c.metrics_listen)];
     "cores" Restart false "number" "Data-plane threads; the default is one a core."
         set(c, v) { c.cores = Some(number(v, 1, 1024)?); }
         get(c) shown(c.cores.as_slice());

@@ -15,6 +15,7 @@ pub mod yaml;
 use std::{
     collections::BTreeMap,
     fmt,
+    net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -61,6 +62,7 @@ pub struct AgentConfig {
     pub strict_grace: Duration,
     pub unenrol_grace: Duration,
     pub limits: Limits,
+    pub metrics_listen: Option<SocketAddr>,
     pub cores: Option<usize>,
     pub events_per_second: u32,
     pub log_level: String,
@@ -121,6 +123,7 @@ impl Default for AgentConfig {
                 handshakes_per_source: 64,
                 backlog: 1024,
             },
+            metrics_listen: Some(SocketAddr::from(([127, 0, 0, 1], 15020))),
             cores: None,
             events_per_second: 1000,
             log_level: "info".into(),

@@ -1,10 +1,13 @@
 //! What the agent says of itself: the inputs of `signet status` and `signet endpoints`,
 //! taken at one moment.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use jiff::Timestamp;
-use signet_ebpf::abi::counter;
+use signet_ebpf::abi::{Reason, counter};
 use tokio::sync::watch;
 
 use crate::{
@@ -14,11 +17,12 @@ use crate::{
     cluster::model::{Problem, World},
     config::{AgentConfig, values::Enforcement},
     endpoint::{reconcile::KernelReport, state::NodeStateHandle},
-    flow::{LostCause, Recorder},
+    flow::{FlowLog, LostCause, Recorder},
     kernel::Counters,
     proxy::DataPlaneHandle,
     spiffe::TrustDomain,
-    svid::{SvidHandle, SvidStatus},
+    svid::{self, SvidHandle, SvidStatus, metrics::Purpose},
+    telemetry::{metrics::Reading, reason},
     trust::{Trust, follow::Failures},
     workload_api::{WorkloadApiHandle, WorkloadKey},
 };
@@ -40,8 +44,11 @@ pub(super) struct Picture {
     pub(super) report: watch::Receiver<KernelReport>,
     pub(super) config: watch::Receiver<Arc<AgentConfig>>,
     pub(super) losses: Arc<Losses>,
+    pub(super) log: FlowLog,
     pub(super) workloads: WorkloadApiHandle,
     pub(super) foreign_bundles: watch::Receiver<Failures>,
+    /// Why metrics are not served, if they are not.
+    pub(super) metrics: watch::Receiver<Option<String>>,
     pub(super) newest: Newest,
 }
 
@@ -56,6 +63,8 @@ impl Picture {
             subject: format!("trust domain {domain}"),
             message: message.clone(),
         }));
+        let metrics = self.metrics.borrow().clone();
+        problems.extend(metrics.map(|message| Problem { subject: "metrics".into(), message }));
         let drops = match self.counters.drops() {
             Ok(drops) => drops.into_iter().map(|(key, count)| DropCount { key, count }).collect(),
             Err(error) => {
@@ -96,7 +105,7 @@ impl Picture {
             workload_svids: self.workload_svids(),
             drops,
             problems,
-            counters: self.counters(),
+            counters: self.counters().iter().flat_map(Reading::flat).collect(),
         }
     }
 
@@ -117,47 +126,81 @@ impl Picture {
         held.map(|status| (pod(&status.key), svid_facts(status))).collect()
     }
 
-    fn counters(&self) -> Vec<(String, u64)> {
-        const KERNEL: [(&str, u32); 7] = [
-            ("kernel_redirected", counter::REDIRECTED),
-            ("kernel_unknown_refused", counter::UNKNOWN_REFUSED),
-            ("kernel_unknown_passed", counter::UNKNOWN_PASSED),
-            ("kernel_map_full{map=\"ORIGINALS\"}", counter::ORIGINALS_FULL),
-            ("kernel_map_full{map=\"CLIENTS\"}", counter::CLIENTS_FULL),
-            ("kernel_map_full{map=\"UDP_FLOWS\"}", counter::UDP_FULL),
-            ("kernel_map_full{map=\"ATTESTED\"}", counter::ATTESTED_FULL),
+    /// What is counted besides verdicts, for `status` and metrics.
+    fn counters(&self) -> Vec<Reading> {
+        const EVENTS: [(&str, &str, u32); 3] = [
+            ("kernel_redirected", "Connects that were led to a tunnel", counter::REDIRECTED),
+            (
+                "kernel_unknown_refused",
+                "Connections of pods not registered yet that were refused",
+                counter::UNKNOWN_REFUSED,
+            ),
+            (
+                "kernel_unknown_passed",
+                "Connections of pods not registered yet that passed",
+                counter::UNKNOWN_PASSED,
+            ),
         ];
-        let stats = self.plane.stats();
-        let mut all: Vec<(String, u64)> = KERNEL
+        const FULL: [(&str, u32); 4] = [
+            ("ORIGINALS", counter::ORIGINALS_FULL),
+            ("CLIENTS", counter::CLIENTS_FULL),
+            ("UDP_FLOWS", counter::UDP_FULL),
+            ("ATTESTED", counter::ATTESTED_FULL),
+        ];
+        let get = |index| self.counters.get(index).ok();
+        let mut all: Vec<_> = EVENTS
             .into_iter()
-            .filter_map(|(name, index)| Some((name.to_owned(), self.counters.get(index).ok()?)))
+            .filter_map(|(name, help, index)| Some(Reading::counter(name, help).value(get(index)?)))
             .collect();
-        let plane = [
-            ("open_flows", stats.open_flows as u64),
-            ("tasks", stats.tasks as u64),
-            ("pooled_connections", stats.pooled_connections as u64),
-            ("handshakes{role=\"client\"}", stats.dialled),
-            ("handshakes{role=\"server\"}", stats.accepted),
-            ("flows_forwarded", stats.forwarded),
-            ("flows_refused", stats.refused),
-            ("flows_abandoned", stats.abandoned),
-            ("flows_unattributed", stats.unattributed),
-            ("flows_from_another_accounts_address", stats.misplaced),
-        ];
-        all.extend(plane.map(|(name, value)| (name.to_owned(), value)));
-        all.extend(self.workloads.counters().all());
-        for (kind, value) in stats.failures {
-            all.push((format!("tunnel_failures{{kind=\"{kind}\"}}"), value));
-        }
+        let full = FULL.into_iter().filter_map(|(map, index)| Some((map, get(index)?)));
+        all.push(
+            Reading::counter("kernel_map_full", "Entries that a full map did not take")
+                .each("map", full),
+        );
+        all.extend(self.plane.stats().readings());
+        all.extend(self.workloads.counters().readings());
         all
     }
+
+    /// Everything that is read when metrics are asked for.
+    pub(super) fn readings(&self) -> Vec<Reading> {
+        self.losses.tell();
+        let mut all = self.counters();
+        all.extend(self.log.totals().readings());
+        let mut drops = BTreeMap::<&str, u64>::new();
+        for (key, count) in self.counters.drops().unwrap_or_default() {
+            let reason = Reason::from_u16(key.reason).unwrap_or(Reason::Internal);
+            *drops.entry(reason::name(reason)).or_default() += count;
+        }
+        all.push(
+            Reading::counter(
+                "kernel_drops",
+                "Drops that the kernel's programs decided, exactly, since they were attached first",
+            )
+            .each("reason", drops),
+        );
+        let held = [
+            (Purpose::Tunnel, without_keys(self.svids.status())),
+            (Purpose::Workload, without_keys(self.workloads.svids().status())),
+        ];
+        all.extend(svid::metrics::readings(Timestamp::now(), &held));
+        all.extend(self.trust.readings());
+        all
+    }
+}
+
+fn without_keys<K>(held: Vec<SvidStatus<K>>) -> Vec<SvidStatus<()>> {
+    held.into_iter().map(SvidStatus::without_key).collect()
 }
 
 fn svid_facts<K>(status: SvidStatus<K>) -> SvidFacts {
     SvidFacts {
         id: status.id,
         state: match status.validity {
-            Some((not_before, not_after)) => SvidState::Issued { not_before, not_after },
+            Some((not_before, not_after)) => {
+                let obtained = status.obtained.unwrap_or(not_before);
+                SvidState::Issued { obtained, not_before, not_after }
+            }
             None => SvidState::Missing,
         },
         next_attempt: Some(status.next_request),

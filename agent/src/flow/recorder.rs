@@ -22,6 +22,7 @@ use super::{
     record::{FlowEvent, FlowRecord},
     ring::Ring,
 };
+use crate::telemetry::{metrics::Reading, names, reason};
 
 /// How much is kept.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -58,6 +59,16 @@ pub enum LostCause {
 impl LostCause {
     /// Every cause.
     pub const ALL: [Self; 4] = [Self::KernelRing, Self::KernelRate, Self::Queue, Self::PodShare];
+
+    /// Its name in metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::KernelRing => "kernel_ring",
+            Self::KernelRate => "kernel_rate",
+            Self::Queue => "queue",
+            Self::PodShare => "pod_share",
+        }
+    }
 
     /// For people, as `warning: node-2 lost 312 events (<this>)`.
     pub const fn describe(self) -> &'static str {
@@ -124,6 +135,37 @@ impl Totals {
     /// Losses of every cause together.
     pub fn lost_in_all(&self) -> u64 {
         self.lost.iter().map(|(_, n)| n).sum()
+    }
+}
+
+impl Totals {
+    /// As metrics; drops by reason are those that were recorded, while the kernel's own counts
+    /// of its drops are exact.
+    pub fn readings(&self) -> Vec<Reading> {
+        let mut verdicts =
+            Reading::counter("verdicts", "Verdicts that were recorded, by who decided");
+        for (origin, forwarded, dropped, audit) in [
+            ("proxy", self.forwarded, self.dropped, self.audit),
+            ("kernel", self.kernel_forwarded, self.kernel_dropped, self.kernel_audit),
+        ] {
+            for (verdict, count) in [
+                (Verdict::Forwarded, forwarded),
+                (Verdict::Dropped, dropped),
+                (Verdict::Audit, audit),
+            ] {
+                let verdict = names::verdict(verdict).to_owned();
+                let labels = vec![("origin", origin.to_owned()), ("verdict", verdict)];
+                verdicts = verdicts.labelled(labels, count);
+            }
+        }
+        let drops = self.drops_by_reason.iter().map(|(r, n)| (reason::name(*r), *n));
+        let lost = self.lost.iter().map(|(cause, n)| (cause.name(), *n));
+        vec![
+            verdicts,
+            Reading::counter("drops", "Drops that were recorded, by reason").each("reason", drops),
+            Reading::counter("lost_events", "Records that were not kept, by cause")
+                .each("cause", lost),
+        ]
     }
 }
 

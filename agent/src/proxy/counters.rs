@@ -8,6 +8,9 @@ use std::{
     },
 };
 
+use super::Stats;
+use crate::telemetry::metrics::Reading;
+
 /// Counts since the start, shared by all cores.
 #[derive(Debug, Default)]
 pub struct Counters {
@@ -47,5 +50,44 @@ impl Counters {
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<&'static str, u64>> {
         // A count is one operation: nothing half-done is left by a panic.
         self.failures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Stats {
+    /// As metrics.
+    pub fn readings(&self) -> Vec<Reading> {
+        let counter = |name, help, value: u64| Reading::counter(name, help).value(value);
+        vec![
+            Reading::gauge("open_flows", "Flows that are open or being opened")
+                .value(self.open_flows),
+            Reading::gauge("tasks", "Accept loops, flows and connections of the data plane")
+                .value(self.tasks),
+            Reading::gauge("pooled_connections", "Tunnels that may take new flows, as a client")
+                .value(self.pooled_connections),
+            Reading::counter("handshakes", "Handshakes of tunnels that succeeded, by role")
+                .each("role", [("client", self.dialled), ("server", self.accepted)]),
+            counter("flows_forwarded", "Flows that the proxy let through", self.forwarded),
+            counter("flows_refused", "Flows and connections that the proxy refused", self.refused),
+            counter(
+                "flows_abandoned",
+                "Flows whose client left before they were decided",
+                self.abandoned,
+            ),
+            counter(
+                "flows_unattributed",
+                "Sockets that reached an outbound listener without having been redirected",
+                self.unattributed,
+            ),
+            counter(
+                "flows_from_another_accounts_address",
+                "Flows whose client showed an SVID from an address of another account's pod",
+                self.misplaced,
+            ),
+            Reading::counter(
+                "tunnel_failures",
+                "Dials, handshakes and connections of tunnels that failed, by kind",
+            )
+            .each("kind", self.failures.iter().map(|(kind, count)| (*kind, *count))),
+        ]
     }
 }

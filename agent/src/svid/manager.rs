@@ -8,7 +8,7 @@ use std::{
     fmt,
     hash::Hash,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
@@ -18,6 +18,7 @@ use tokio::{sync::watch, task::JoinSet, time};
 use super::{
     Svid,
     issuer::{IssueError, Issuer, SvidRequest},
+    metrics::{Purpose, SvidMetrics},
     schedule::{renew_at, retry_after},
 };
 use crate::spiffe::SpiffeId;
@@ -46,6 +47,8 @@ pub struct SvidParams {
     /// How long an SVID is kept after its identity was last wanted: a pod that is replaced
     /// finds it again. It is not renewed meanwhile.
     pub grace: Duration,
+    /// What is counted, and what for.
+    pub metrics: (SvidMetrics, Purpose),
 }
 
 impl Default for SvidParams {
@@ -57,6 +60,7 @@ impl Default for SvidParams {
             first_retry: Duration::from_millis(250),
             longest_retry: Duration::from_secs(30),
             grace: Duration::from_secs(60),
+            metrics: Default::default(),
         }
     }
 }
@@ -73,6 +77,8 @@ pub struct SvidStatus<K = SpiffeId> {
     pub key: K,
     /// The identity.
     pub id: SpiffeId,
+    /// When the SVID held was obtained; `None`: none yet. It is valid from some minutes before.
+    pub obtained: Option<Timestamp>,
     /// From and until when the SVID held is valid; `None`: none yet.
     pub validity: Option<(Timestamp, Timestamp)>,
     /// When the next request is due.
@@ -81,6 +87,14 @@ pub struct SvidStatus<K = SpiffeId> {
     pub failures: u32,
     /// The last failure since the last success.
     pub last_error: Option<String>,
+}
+
+impl<K> SvidStatus<K> {
+    /// The same, whatever it is held for.
+    pub fn without_key(self) -> SvidStatus<()> {
+        let Self { key: _, id, obtained, validity, next_request, failures, last_error } = self;
+        SvidStatus { key: (), id, obtained, validity, next_request, failures, last_error }
+    }
 }
 
 /// Starts the manager.
@@ -188,6 +202,7 @@ struct Entry {
     number: u64,
     id: SpiffeId,
     svid: Option<Arc<Svid>>,
+    obtained: Option<Timestamp>,
     next_request: Timestamp,
     in_flight: bool,
     failures: u32,
@@ -258,6 +273,7 @@ impl<K: SvidKey> Keeper<K> {
                     number: self.next_number,
                     id: id.clone(),
                     svid: None,
+                    obtained: None,
                     next_request: now,
                     in_flight: false,
                     failures: 0,
@@ -283,8 +299,12 @@ impl<K: SvidKey> Keeper<K> {
             entry.in_flight = true;
             let (issuer, params) = (Arc::clone(&self.issuer), self.params.clone());
             let (key, number, id) = (key.clone(), entry.number, entry.id.clone());
+            let renewal = entry.svid.is_some();
             self.requests.spawn(async move {
+                let begun = Instant::now();
                 let result = obtain(&*issuer, &params, id).await;
+                let (metrics, purpose) = &params.metrics;
+                metrics.answered(*purpose, renewal, &result, begun.elapsed());
                 Outcome { key, number, result }
             });
         }
@@ -305,6 +325,7 @@ impl<K: SvidKey> Keeper<K> {
                 let jitter = rand::random_range(-1.0..=1.0);
                 entry.next_request = renew_at(now, svid.not_after, jitter);
                 entry.svid = Some(Arc::new(svid));
+                entry.obtained = Some(now);
                 entry.failures = 0;
                 entry.last_error = None;
             }
@@ -366,6 +387,7 @@ impl<K: SvidKey> Keeper<K> {
         let statuses = self.entries.iter().map(|(key, entry)| SvidStatus {
             key: key.clone(),
             id: entry.id.clone(),
+            obtained: entry.obtained,
             validity: entry.svid.as_ref().map(|svid| (svid.not_before, svid.not_after)),
             next_request: entry.next_request,
             failures: entry.failures,

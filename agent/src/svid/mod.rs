@@ -2,6 +2,7 @@
 
 pub mod issuer;
 pub mod manager;
+pub mod metrics;
 mod schedule;
 
 pub use crate::spiffe::Svid;

@@ -1,5 +1,6 @@
 //! Names of reasons, logging, metrics.
 
 pub mod logging;
+pub mod metrics;
 pub mod names;
 pub mod reason;

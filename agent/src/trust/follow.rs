@@ -170,6 +170,7 @@ impl Follower {
         let (mut hint, mut retry) = (DEFAULT_HINT, FIRST_RETRY);
         loop {
             let read = self.read().await;
+            self.note(read.is_ok());
             let wait = match read {
                 Ok(new) => {
                     retry = FIRST_RETRY;
@@ -236,6 +237,14 @@ impl Follower {
         let jwt = self.trust.set_jwt(self.domain.clone(), Arc::new(bundle.jwt));
         if x509 || jwt {
             tracing::info!(trust_domain = %self.domain, roots, "foreign bundle read");
+        }
+    }
+
+    /// Counts the look, unless the domain is followed no longer.
+    fn note(&self, good: bool) {
+        let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        if *live {
+            self.trust.note_refresh(&self.domain, good);
         }
     }
 

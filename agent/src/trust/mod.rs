@@ -4,12 +4,20 @@ pub mod endpoint;
 pub mod federation;
 pub mod follow;
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use arc_swap::ArcSwap;
+use jiff::Timestamp;
 use tokio::sync::watch;
 
-use crate::spiffe::{Bundle, JwtBundle, TrustDomain};
+use crate::{
+    spiffe::{Bundle, JwtBundle, TrustDomain},
+    telemetry::metrics::Reading,
+};
 
 /// The bundles by trust domain. Readers never block.
 ///
@@ -18,6 +26,15 @@ use crate::spiffe::{Bundle, JwtBundle, TrustDomain};
 pub struct Trust {
     x509: Table<Bundle>,
     jwt: Table<JwtBundle>,
+    /// How often each domain's source was asked for its bundle; gone with the domain.
+    refreshes: Mutex<BTreeMap<TrustDomain, Refreshes>>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Refreshes {
+    good: u64,
+    failed: u64,
+    last_good: Option<Timestamp>,
 }
 
 /// Bundles of one kind, and how often they changed.
@@ -29,7 +46,7 @@ struct Table<B> {
 impl Trust {
     /// No domain is trusted, generation 0.
     pub fn new() -> Arc<Self> {
-        Arc::new(Self { x509: Table::new(), jwt: Table::new() })
+        Arc::new(Self { x509: Table::new(), jwt: Table::new(), refreshes: Mutex::default() })
     }
 
     /// The X.509 bundle of a trust domain; `None` when it is not trusted.
@@ -86,7 +103,59 @@ impl Trust {
     /// Trusts a domain no longer, in neither kind; true when it was trusted.
     pub fn remove(&self, domain: &TrustDomain) -> bool {
         let jwt = self.jwt.change(|bundles| bundles.remove(domain).is_some());
+        self.refreshes.lock().unwrap_or_else(PoisonError::into_inner).remove(domain);
         self.x509.change(|bundles| bundles.remove(domain).is_some()) || jwt
+    }
+}
+
+/// For metrics. The number of domains is bounded by the federation's.
+impl Trust {
+    /// Counts that a domain's source was asked for its bundle, whether that is new or not.
+    pub fn note_refresh(&self, domain: &TrustDomain, good: bool) {
+        let mut all = self.refreshes.lock().unwrap_or_else(PoisonError::into_inner);
+        let refreshes = all.entry(domain.clone()).or_default();
+        if good {
+            refreshes.good += 1;
+            refreshes.last_good = Some(Timestamp::now());
+        } else {
+            refreshes.failed += 1;
+        }
+    }
+
+    /// The bundles of a moment.
+    pub fn readings(&self) -> Vec<Reading> {
+        const DOMAIN: &str = "trust_domain";
+        let mut info = Reading::gauge("bundle_info", "The X.509 bundle in force, by its digest");
+        let mut roots = Reading::gauge("bundle_authorities", "Authorities in the X.509 bundle");
+        let mut expiry = Reading::gauge(
+            "bundle_expiry_timestamp_seconds",
+            "When the last authority of the X.509 bundle runs out",
+        );
+        for (domain, bundle) in self.bundles().iter() {
+            let digest: String = bundle.digest().iter().map(|b| format!("{b:02x}")).collect();
+            info = info.labelled(vec![(DOMAIN, domain.to_string()), ("digest", digest)], 1);
+            roots = roots.with(DOMAIN, domain.to_string(), bundle.certificates().len());
+            let last = bundle.expiries().into_iter().max();
+            expiry = expiry.each(DOMAIN, last.map(|at| (domain.to_string(), at)));
+        }
+        let jwt = self.jwt_bundles();
+        let keys = Reading::gauge("bundle_jwt_keys", "Keys in the JWT bundle")
+            .each(DOMAIN, jwt.iter().map(|(domain, keys)| (domain.to_string(), keys.iter().len())));
+        let mut refreshes =
+            Reading::counter("bundle_refreshes", "Looks at a bundle's source, by result");
+        let mut last = Reading::gauge(
+            "bundle_last_refresh_timestamp_seconds",
+            "When a bundle's source was last read",
+        );
+        let all = self.refreshes.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for (domain, counts) in &all {
+            for (result, count) in [("ok", counts.good), ("failed", counts.failed)] {
+                let labels = vec![(DOMAIN, domain.to_string()), ("result", result.to_owned())];
+                refreshes = refreshes.labelled(labels, count);
+            }
+            last = last.each(DOMAIN, counts.last_good.map(|at| (domain.to_string(), at)));
+        }
+        vec![info, roots, expiry, keys, refreshes, last]
     }
 }
 
@@ -176,5 +245,26 @@ mod tests {
         assert!(trust.remove(&a) && trust.jwt_bundle(&a).is_none());
         assert!(trust.remove(&b) && !trust.remove(&b));
         assert!(seen.has_changed().unwrap());
+    }
+
+    #[test]
+    fn a_domain_takes_its_series_along() {
+        let trust = Trust::new();
+        let a = TrustDomain::parse("a").unwrap();
+        trust.set(a.clone(), Forger::root("a").bundle());
+        trust.note_refresh(&a, true);
+        trust.note_refresh(&a, false);
+        let shown = |trust: &Trust| -> Vec<(String, u64)> {
+            trust.readings().iter().flat_map(|r| r.flat().collect::<Vec<_>>()).collect()
+        };
+        let readings = shown(&trust);
+        let has = |name: &str, value| readings.iter().any(|(n, v)| n == name && *v == value);
+        assert!(has("bundle_authorities{trust_domain=\"a\"}", 1), "{readings:?}");
+        for result in ["ok", "failed"] {
+            let name = format!("bundle_refreshes{{trust_domain=\"a\",result=\"{result}\"}}");
+            assert!(has(&name, 1), "{readings:?}");
+        }
+        trust.remove(&a);
+        assert_eq!(shown(&trust), []);
     }
 }

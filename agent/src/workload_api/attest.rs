@@ -62,6 +62,18 @@ pub enum AttestError {
     },
 }
 
+impl AttestError {
+    /// A short stable name, for metrics.
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::Credentials(_) => "no_credentials",
+            Self::Invisible => "invisible",
+            Self::Gone => "gone",
+            Self::Proc { .. } => "unreadable",
+        }
+    }
+}
+
 /// How callers are told apart.
 #[derive(Clone)]
 pub enum Method {

@@ -21,6 +21,7 @@ use super::{
     WorkloadKey,
     attest::{Caller, Method},
     authority::AuthorityFilter,
+    counters::Counters,
 };
 
 /// A wait after an error of `accept`, above all of too many open files.
@@ -98,6 +99,8 @@ pub struct Reception<F> {
     pub method: Method,
     /// Gives a connection its slot, or says why there is none.
     pub admit: F,
+    /// Where connections of nobody are counted.
+    pub counters: Arc<Counters>,
 }
 
 impl<F: FnMut(&Caller) -> Option<Slot>> Reception<F> {
@@ -126,6 +129,7 @@ impl<F: FnMut(&Caller) -> Option<Slot>> Reception<F> {
             Ok(caller) => Arc::new(caller),
             Err(error) => {
                 tracing::debug!(%error, "a connection to the Workload API was closed");
+                self.counters.unattested(error.kind());
                 return None;
             }
         };

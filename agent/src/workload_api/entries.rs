@@ -103,6 +103,11 @@ impl Entries {
         self.changes.subscribe()
     }
 
+    /// The identities of all entries.
+    pub(super) fn ids(&self) -> Vec<SpiffeId> {
+        self.current.load().iter().map(|entry| entry.id.clone()).collect()
+    }
+
     /// The identity of the entry of this name.
     pub(super) fn id_of(&self, name: &str) -> Option<SpiffeId> {
         self.current.load().iter().find(|entry| *entry.name == *name).map(|e| e.id.clone())

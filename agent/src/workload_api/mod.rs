@@ -13,6 +13,7 @@ mod entries;
 mod keeper;
 mod other_end;
 mod service;
+mod tokens;
 
 use std::{
     path::{Path, PathBuf},
@@ -43,6 +44,7 @@ use crate::{
     svid::{
         SvidHandle, SvidManager, SvidParams,
         issuer::{Issuer, JwtIssuer},
+        metrics::Purpose,
     },
     trust::Trust,
 };
@@ -155,7 +157,8 @@ impl WorkloadApi {
             Method::PeerPid(deps.opener.clone())
         };
         // A pod's key goes with the pod: the lingering is the keeper's, while it is there.
-        let params = SvidParams { grace: Duration::ZERO, ..params };
+        let metrics = (params.metrics.0, Purpose::Workload);
+        let params = SvidParams { grace: Duration::ZERO, metrics, ..params };
         let svids = SvidManager::start(Arc::clone(&deps.issuer), params);
         let counters = Arc::new(Counters::default());
         let stop = CancellationToken::new();
@@ -183,7 +186,8 @@ impl WorkloadApi {
             admission.counters().connection(slot.is_some());
             slot
         };
-        let reception = Reception { listener, method, admit };
+        let counters = Arc::clone(service.counters());
+        let reception = Reception { listener, method, admit, counters };
         let tasks = TaskTracker::new();
         tasks.spawn(sweep(service.clone(), stop.clone()));
         let serving = Server::builder()

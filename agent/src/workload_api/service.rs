@@ -4,6 +4,7 @@
 //! them.
 
 use std::{
+    collections::HashSet,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -23,6 +24,7 @@ use super::{
     connections::{Payer, Slot, Slots},
     counters::Counters,
     keeper::{Keeper, Listening},
+    tokens::{Token, Tokens},
 };
 use crate::{
     proto::workload::{
@@ -55,6 +57,7 @@ struct Inner {
     deps: WorkloadApiDeps,
     keeper: Arc<Keeper>,
     counters: Arc<Counters>,
+    tokens: Tokens,
     calls: Slots,
     stop: CancellationToken,
 }
@@ -72,7 +75,8 @@ impl Service {
         counters: Arc<Counters>,
         stop: CancellationToken,
     ) -> Self {
-        Self(Arc::new(Inner { deps, keeper, counters, calls: Slots::default(), stop }))
+        let (tokens, calls) = (Tokens::default(), Slots::default());
+        Self(Arc::new(Inner { deps, keeper, counters, tokens, calls, stop }))
     }
 
     pub(super) fn into_server(self, max_request: usize) -> SpiffeWorkloadApiServer<Self> {
@@ -83,7 +87,7 @@ impl Service {
         self.0.deps.limits
     }
 
-    pub(super) fn counters(&self) -> &Counters {
+    pub(super) fn counters(&self) -> &Arc<Counters> {
         &self.0.counters
     }
 
@@ -95,6 +99,12 @@ impl Service {
     /// Forgets SVIDs that nobody has any use for.
     pub(super) fn sweep(&self, now: Instant) {
         self.0.keeper.sweep(|key| self.0.id_of(key).is_some(), now);
+        let ids: HashSet<SpiffeId> = {
+            let state = self.0.deps.state.current();
+            let pods = state.endpoints.values().map(|endpoint| endpoint.identity.clone());
+            pods.chain(self.0.deps.entries.ids()).collect()
+        };
+        self.0.tokens.sweep(|id| ids.contains(id), Timestamp::now());
     }
 
     /// The workload that the process belongs to.
@@ -147,8 +157,12 @@ impl Inner {
         let caller = request.extensions().get::<Arc<Caller>>().ok_or_else(no_identity)?;
         let workload = match self.workload_of(caller) {
             Ok(Some(workload)) => workload,
-            Ok(None) => return Err(no_identity()),
+            Ok(None) => {
+                self.counters.unattested("no_workload");
+                return Err(no_identity());
+            }
             Err(error) => {
+                self.counters.unattested(error.kind());
                 tracing::debug!(?caller, %error, "a caller of the Workload API is not known");
                 return Err(no_identity());
             }
@@ -428,29 +442,54 @@ impl Inner {
                 return Err(no_identity());
             }
         }
-        let request = JwtRequest { id: workload.id.clone(), audiences: audience, ttl: None };
-        let refused = |error: String| {
-            tracing::warn!(id = %workload.id, %error, "no JWT-SVID could be issued");
-            Status::unavailable(format!("no JWT-SVID could be issued: {error}"))
-        };
-        let token = time::timeout(JWT_TIMEOUT, issuer.issue_jwt(&request))
-            .await
-            .map_err(|_| refused(format!("the authority did not answer within {JWT_TIMEOUT:?}")))?
-            .map_err(|error| refused(error.to_string()))?;
-        // What the authority answered is held against what was asked for, before it is
-        // anybody's.
         let keys = issuer.jwt_bundle().borrow().clone();
-        let own = &self.deps.trust_domain;
-        for audience in &request.audiences {
-            let bundle_of = |domain: &_| (domain == own).then(|| Arc::clone(&keys));
-            let svid = JwtSvid::validate(&token, audience, bundle_of, Timestamp::now())
-                .map_err(|error| refused(format!("the authority's answer is refused: {error}")))?;
-            if svid.id != workload.id {
-                return Err(refused(format!("the authority's answer is for {}", svid.id)));
+        let held = self.tokens.get(&workload.id, &audience, &keys, Timestamp::now());
+        let token = match held {
+            Some(token) => {
+                self.counters.token("cached");
+                token
             }
-        }
+            None => {
+                let asked = self.new_token(&**issuer, &workload.id, audience).await;
+                self.counters.token(if asked.is_ok() { "issued" } else { "failed" });
+                asked.map_err(|error| {
+                    tracing::warn!(id = %workload.id, %error, "no JWT-SVID could be issued");
+                    Status::unavailable(format!("no JWT-SVID could be issued: {error}"))
+                })?
+            }
+        };
         let svid = Jwtsvid { spiffe_id: workload.id.to_string(), svid: token, hint: String::new() };
         Ok(Response::new(JwtsvidResponse { svids: vec![svid] }))
+    }
+
+    /// Asks the authority for a token. Its answer is held against what was asked for, before it
+    /// is anybody's, and kept.
+    async fn new_token(
+        &self,
+        issuer: &dyn JwtIssuer,
+        id: &SpiffeId,
+        audiences: Vec<String>,
+    ) -> Result<String, String> {
+        let request = JwtRequest { id: id.clone(), audiences, ttl: None };
+        let token = time::timeout(JWT_TIMEOUT, issuer.issue_jwt(&request))
+            .await
+            .map_err(|_| format!("the authority did not answer within {JWT_TIMEOUT:?}"))?
+            .map_err(|error| error.to_string())?;
+        let (keys, now) = (issuer.jwt_bundle().borrow().clone(), Timestamp::now());
+        let own = &self.deps.trust_domain;
+        let mut expires_at = Timestamp::MAX;
+        for audience in &request.audiences {
+            let bundle_of = |domain: &_| (domain == own).then(|| Arc::clone(&keys));
+            let svid = JwtSvid::validate(&token, audience, bundle_of, now)
+                .map_err(|error| format!("the authority's answer is refused: {error}"))?;
+            if svid.id != *id {
+                return Err(format!("the authority's answer is for {}", svid.id));
+            }
+            expires_at = svid.expires_at;
+        }
+        let kept = Token::new(token.clone(), expires_at, keys, now);
+        self.tokens.put(id, request.audiences, kept, now);
+        Ok(token)
     }
 
     fn validate_jwt_svid(

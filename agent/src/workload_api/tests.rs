@@ -194,6 +194,11 @@ impl Scene {
         Some(scene)
     }
 
+    fn counted(&self) -> Vec<(String, u64)> {
+        let readings = self.handle.counters().readings();
+        readings.iter().flat_map(|r| r.flat().collect::<Vec<_>>()).collect()
+    }
+
     fn publish(&self) {
         let empty = NodeState::empty("node-2".into(), Arc::new(World::empty(domain())));
         let endpoints = self.endpoints.lock().unwrap().clone();
@@ -490,7 +495,7 @@ async fn each_pod_has_its_own_key_and_follows_rotation() {
     let (old, new) = (svid_of(&first), svid_of(&renewed));
     assert!(new.not_after > old.not_after && old.is_valid_at(Timestamp::now()), "in time");
     assert_eq!(scene.handle.svids().status().len(), 2);
-    assert!(scene.handle.counters().all().iter().any(|(name, count)| {
+    assert!(scene.counted().iter().any(|(name, count)| {
         name == "workload_api_calls{method=\"FetchX509SVID\",code=\"Ok\"}" && *count == 2
     }));
 }
@@ -594,7 +599,7 @@ async fn one_pods_flood_is_its_own() {
     assert_eq!(second.next()["connected"], true);
     let closed =
         |(name, count): &(String, u64)| name == "workload_api_connections_over_limit" && *count > 0;
-    let all = || scene.handle.counters().all();
+    let all = || scene.counted();
     // The first has ended its connection with its process.
     drop(greedy);
     let third = scene.process(&pod, &json!({"call": "hold"}));
@@ -639,10 +644,28 @@ async fn tokens_are_fetched_and_validated() {
     assert_refused(&other_id, Code::PermissionDenied, "no identity issued");
     *scene.authority.answers.lock().unwrap() = Some(SpiffeId::parse(&id("admin")).unwrap());
     assert_refused(
-        &fetch(json!({})),
+        &fetch(json!({"audience": ["new"]})),
         Code::Unavailable,
         "is for spiffe://cluster.local/ns/shop/sa/admin",
     );
+
+    // The same again is the same token, until another key signs.
+    let again = || fetch(json!({}))["token"].as_str().unwrap().to_owned();
+    *scene.authority.answers.lock().unwrap() = None;
+    assert_eq!(again(), token);
+    assert_ne!(fetch(json!({"audience": ["b", "bank"]}))["token"], *token, "others are another");
+    let counted = |result: &str| {
+        let name = format!("jwt_svids{{result=\"{result}\"}}");
+        scene.counted().into_iter().find(|(n, _)| *n == name).map(|(_, count)| count)
+    };
+    assert_eq!(
+        (counted("issued"), counted("cached"), counted("failed")),
+        (Some(2), Some(1), Some(1))
+    );
+    let mut keys = JwtBundle::clone(&scene.authority.keys.borrow());
+    keys.insert("next", JwtSigner::generate().unwrap().public_key().clone()).unwrap();
+    scene.authority.keys.send_replace(Arc::new(keys));
+    assert_ne!(again(), token, "asked for anew under other keys");
 
     let validate = |audience: &str, token: &str| {
         let call = json!({"call": "validate", "audience": audience, "token": token});
@@ -661,7 +684,7 @@ async fn tokens_are_fetched_and_validated() {
         let document = bytes(&message["bundles"]["spiffe://cluster.local"]);
         SpiffeBundle::decode(&document).unwrap().jwt
     };
-    assert_eq!(read(follower.next()), *scene.authority.keys.borrow().clone());
+    assert_eq!(read(follower.next()), *scene.trust.jwt_bundle(&domain()).unwrap());
     scene.trust.set_jwt(domain(), Arc::default());
     assert!(read(follower.next()).is_empty());
     let revoked = validate("bank", &token);

@@ -20,6 +20,7 @@ use crate::{
     cgroup,
     cluster_dir::ClusterDir,
     lab::{LabOptions, eventually},
+    metrics::Metrics,
     node::Node,
     pod::Pod,
     process::{Output, Running, signet_binary, tail_of, without_own_variables},
@@ -27,6 +28,9 @@ use crate::{
 
 /// How long an agent may take to become ready, on a busy machine.
 pub const READY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Where its metrics are by default.
+const METRICS: &str = "127.0.0.1:15020";
 
 /// A node's agent, started or not.
 #[derive(Debug)]
@@ -251,6 +255,11 @@ impl Agent {
     /// `signet status -o json`, READY or not.
     pub fn status(&self) -> Result<Value> {
         self.json(&["status", "-o", "json"], &[0, 1])
+    }
+
+    /// Its metrics, scraped from its node.
+    pub fn metrics(&self) -> Result<Metrics> {
+        Metrics::scrape(Some(&self.node.system_place()), METRICS)
     }
 
     /// What `signet endpoints -o json` says of each pod of the node.

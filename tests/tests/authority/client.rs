@@ -67,6 +67,8 @@ pub fn replica(api: &ApiServer, name: &str, flags: &[&str]) -> Result<Authority>
         path(api.kubeconfig()),
         "--names".into(),
         "localhost".into(),
+        "--metrics-listen".into(),
+        "127.0.0.1:0".into(),
         "--bundle-file".into(),
         path(api.directory().join(format!("{name}.pem"))),
     ];

@@ -1,6 +1,6 @@
 //! Who gets which certificate, who does not, and what is written about it.
 
-use std::{fs, process::Command, time::Duration};
+use std::{collections::BTreeMap, fs, process::Command, time::Duration};
 
 use anyhow::{Result, ensure};
 use serde_json::Value;
@@ -195,6 +195,50 @@ async fn everybody_else_is_refused_with_the_reason() -> Result<()> {
     csr(Request::new("rsa:2048").san(&own)).make(&channel).await?;
     csr(Request::new("ec:P-384")).make(&channel).await?;
     with_token(cluster.token("node-2")?).make(&channel).await.unwrap_err();
+    metrics_say_what_the_audit_log_says(&cluster)
+}
+
+/// Counted is what was written, line by line, and nothing of what callers sent is a label.
+fn metrics_say_what_the_audit_log_says(cluster: &Cluster) -> Result<()> {
+    let mut written: BTreeMap<[String; 3], f64> = BTreeMap::new();
+    for line in cluster.authority.audit() {
+        let text = |field: &str| line[field].as_str().unwrap_or_default().to_owned();
+        let method = text("method").rsplit('/').next().unwrap_or_default().to_owned();
+        let reason = if text("outcome") == "issued" { "authorized".into() } else { text("reason") };
+        *written.entry([text("outcome"), method, reason]).or_default() += 1.0;
+    }
+    let metrics = cluster.authority.metrics()?;
+    let counted: BTreeMap<[String; 3], f64> = metrics
+        .of("authority_audit_events_total")
+        .into_iter()
+        .map(|(labels, count)| (["outcome", "method", "reason"].map(|l| labels[l].clone()), count))
+        .collect();
+    ensure!(counted == written && counted.len() > 8, "{counted:?} is not {written:?}");
+    let requests = |labels: &[(&str, &str)]| metrics.sum("authority_requests_total", labels);
+    let by_code = |code: &str| requests(&[("method", "CreateCertificate"), ("code", code)]);
+    ensure!(
+        by_code("Ok") == 4.0
+            && by_code("PermissionDenied") == 9.0
+            && by_code("InvalidArgument") == 10.0
+            && by_code("Unauthenticated") == 6.0
+            && requests(&[("caller", "unknown")]) == 6.0
+            && requests(&[]) == 29.0,
+        "{:?}",
+        metrics.of("authority_requests_total")
+    );
+    let took = metrics.sum("authority_request_duration_seconds_count", &[]);
+    ensure!(took == requests(&[("caller", "agent")]), "{took}");
+    let shaken = |result: &str| {
+        metrics.sum("authority_handshakes_total", &[("listener", "grpc"), ("result", result)])
+    };
+    ensure!(shaken("ok") == 1.0 && shaken("failed") == 0.0);
+    ensure!(metrics.sum("authority_rotation_phase", &[("phase", "none")]) == 1.0);
+    ensure!(metrics.sum("authority_roots", &[]) == 1.0);
+    let missing = metrics.undocumented(include_str!("../../../docs/metrics.md"));
+    ensure!(missing.is_empty(), "not in docs/metrics.md: {missing:?}");
+    for told in ["node-1", "shop", "web", "spiffe:", "127.0.0.1"] {
+        ensure!(!metrics.tells(told), "{told} is in the metrics");
+    }
     Ok(())
 }
 
@@ -251,6 +295,9 @@ async fn a_node_that_asks_too_often_waits_and_others_do_not() -> Result<()> {
     }
     let status = limited.ok_or_else(|| anyhow::anyhow!("never limited"))?;
     ensure!(status.code() == Code::ResourceExhausted, "{status}");
+    let limited = [("outcome", "refused"), ("reason", "rate")];
+    let counted = cluster.authority.metrics()?.sum("authority_audit_events_total", &limited);
+    ensure!(counted == 1.0, "{counted}");
     let identity = "spiffe://cluster.local/ns/shop/sa/db";
     let other = Call {
         identity: Some(identity.into()),

@@ -49,8 +49,6 @@ fn a_pid_changes_hands(masked: &str) -> Result<()> {
     if !masked.is_empty() {
         options.agent_env.push(("SIGNET_MASK_FEATURES".into(), masked.into()));
     }
-    let log_level = "info,signet::workload_api=debug";
-    options.agent_flags = vec!["--log-level".into(), log_level.into()];
     let mesh = Mesh::with(options, Some("strict"))?;
     with_logs(&mesh, |mesh| {
         let agent = mesh.lab.agent("node-1")?;
@@ -70,7 +68,10 @@ fn between_accept_and_attestation(mesh: &Mesh, agent: &Agent) -> Result<()> {
         ensure!(call.identity()? == INTRUDER, "the caller's own identity");
         Ok((caller, call))
     })?;
+    let gone = || unattested(agent, "gone");
+    let before = gone()?;
     let refused = call.refused()?;
+    ensure!(gone()? == before + 1.0, "it is counted under another reason");
     ensure!(
         refused.code() == Code::PermissionDenied && refused.message() == "no identity issued",
         "{refused:?}"
@@ -88,17 +89,22 @@ fn between_connect_and_accept(mesh: &Mesh, agent: &Agent) -> Result<()> {
     drop(stopped);
     ensure!(call.identity()? == INTRUDER, "the caller's own identity");
 
-    let gone = || agent.logged().matches("the process that connected is gone").count();
-    let before = gone();
+    let gone = || unattested(agent, "gone");
+    let before = gone()?;
     let stopped = Stopped::stop(agent)?;
     let (heir, mut call) = take_over(mesh, || Connected::start(cgroup, agent))?;
     drop(stopped);
     let refused = call.refused()?;
     // It is not even a connection on which something could be asked.
     ensure!(refused.code() != Code::Ok && refused.message() != "no identity issued", "{refused:?}");
-    eventually("the agent says why", TIMEOUT, || Ok((gone() > before).then_some(())))?;
+    eventually("the agent says why", TIMEOUT, || Ok((gone()? == before + 1.0).then_some(())))?;
     drop(heir);
     Ok(())
+}
+
+/// How many callers were no workload, by reason.
+fn unattested(agent: &Agent, reason: &str) -> Result<f64> {
+    Ok(agent.metrics()?.sum("workload_api_unattested_total", &[("reason", reason)]))
 }
 
 /// Lets a caller connect and end, and makes a process of the frontend's container with its pid.

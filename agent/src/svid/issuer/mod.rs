@@ -70,6 +70,22 @@ pub enum IssueError {
     Internal(String),
 }
 
+impl IssueError {
+    /// A short stable name, for metrics.
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::Authority(_) | Self::Jwt(_) => "not_signed",
+            Self::Remote(error) => error.kind(),
+            Self::Svid(_) => "no_svid",
+            Self::OtherIdentity { .. } => "other_identity",
+            Self::NotValidNow(_) => "not_valid_now",
+            Self::Key(_) => "no_key",
+            Self::Timeout(_) => "timeout",
+            Self::Internal(_) => "internal",
+        }
+    }
+}
+
 /// A request: an identity and a fresh key.
 pub struct SvidRequest {
     id: SpiffeId,

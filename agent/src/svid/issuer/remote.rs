@@ -154,6 +154,22 @@ pub enum RemoteError {
     },
 }
 
+impl RemoteError {
+    /// A short stable name, for metrics.
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::File { .. } | Self::Setting { .. } => "configuration",
+            Self::Unreachable { .. } => "unreachable",
+            Self::Refused { code: Code::PermissionDenied, .. } => "denied",
+            Self::Refused { code: Code::Unauthenticated, .. } => "unauthenticated",
+            Self::Refused { code: Code::ResourceExhausted, .. } => "rate_limited",
+            Self::Refused { .. } => "refused",
+            Self::Foreign(_) => "unimplemented",
+            Self::Answer { .. } => "nonsense",
+        }
+    }
+}
+
 impl RemoteIssuer {
     /// A client that keeps `trust` in step with the authority's bundle. Nothing is asked yet.
     ///
@@ -198,7 +214,11 @@ impl RemoteIssuer {
     pub async fn follow(self: Arc<Self>, stop: CancellationToken) {
         let mut failures = 0u32;
         loop {
-            let wait = match self.refresh().await {
+            let refreshed = self.refresh().await;
+            if !matches!(refreshed, Err(RemoteError::Foreign(_))) {
+                self.trust.note_refresh(&self.domain, refreshed.is_ok());
+            }
+            let wait = match refreshed {
                 Ok(hint) => {
                     failures = 0;
                     hint.clamp(HINTS.0, HINTS.1)

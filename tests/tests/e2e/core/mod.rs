@@ -3,6 +3,7 @@
 mod calls;
 mod egress;
 mod features;
+mod metrics;
 mod modes;
 mod refusals;
 mod restart;

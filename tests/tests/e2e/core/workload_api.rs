@@ -93,6 +93,8 @@ fn who_is_no_pod_has_no_identity_and_a_forged_cgroup_is_its_pods() -> Result<()>
     let mesh = mesh()?;
     with_logs(&mesh, |mesh| {
         let Mesh { lab, frontend, intruder, reports, .. } = mesh;
+        let agent = lab.agent("node-1")?;
+        let before = agent.metrics()?;
         ensure!(
             identity(lab, frontend.place())? == "spiffe://cluster.local/ns/shop/sa/frontend",
             "the pod's own identity"
@@ -122,6 +124,21 @@ fn who_is_no_pod_has_no_identity_and_a_forged_cgroup_is_its_pods() -> Result<()>
         cgroup::create(&beside)?;
         is_nobody(lab, &Place { cgroup: beside.clone(), ..intruder.place().clone() })?;
         cgroup::kill_and_remove(&beside);
+
+        let after = agent.metrics()?;
+        let grown = |name: &str, labels: &[(&str, &str)]| {
+            after.sum(name, labels) - before.sum(name, labels)
+        };
+        let calls = |code| {
+            grown("workload_api_calls_total", &[("method", "FetchX509SVID"), ("code", code)])
+        };
+        ensure!((calls("Ok"), calls("PermissionDenied")) == (3.0, 5.0), "{after:?}");
+        ensure!(grown("workload_api_calls_total", &[]) == 8.0, "{after:?}");
+        ensure!(grown("workload_api_connections_total", &[]) == 8.0, "{after:?}");
+        let nobody = [("reason", "no_workload")];
+        ensure!(grown("workload_api_unattested_total", &nobody) == 5.0, "{after:?}");
+        let held = [("use", "workload"), ("state", "valid")];
+        ensure!(after.sum("svids", &held) == 3.0, "{after:?}");
         Ok(())
     })
 }
