@@ -9,7 +9,6 @@ pub mod authorize;
 pub mod callers;
 pub mod gate;
 pub mod istio;
-mod jwt_keys;
 pub mod keeper;
 pub mod limits;
 pub mod listen;

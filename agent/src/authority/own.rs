@@ -7,12 +7,12 @@ use tonic::{Request, Response, Status};
 
 use super::{
     callers::Caller,
-    jwt_keys::LONGEST_TOKEN,
     keeper::Reports,
     listen::Peer,
     request::{Asked, Authority, Refusal, validity},
 };
 use crate::{
+    ca::jwt_keys::LONGEST_TOKEN,
     proto::authority::{
         FetchJwtsvidRequest, FetchJwtsvidResponse, GetBundleRequest, GetBundleResponse,
         ReportBundleRequest, ReportBundleResponse,

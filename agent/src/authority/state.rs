@@ -9,9 +9,11 @@ use jiff::Timestamp;
 use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 
-use super::jwt_keys::{self, StoredKey};
 use crate::{
-    ca::{CaError, Root},
+    ca::{
+        CaError, Root,
+        jwt_keys::{self, JwtKeysError, StoredKey},
+    },
     spiffe::{JwtBundle, JwtSigner, TrustDomain, bundle::digest_of},
 };
 
@@ -80,6 +82,12 @@ pub enum Phase {
     Published,
     /// The new root signs: what the old one has signed must run out.
     Signing,
+}
+
+impl From<JwtKeysError> for StateError {
+    fn from(error: JwtKeysError) -> Self {
+        Self::Malformed(error.0)
+    }
 }
 
 impl Phase {
@@ -237,12 +245,12 @@ impl State {
 
     /// The keys that verify JWT-SVIDs.
     pub fn jwt_bundle(&self) -> Result<JwtBundle, StateError> {
-        jwt_keys::bundle(&self.jwt_keys)
+        Ok(jwt_keys::bundle(&self.jwt_keys)?)
     }
 
     /// The key that signs JWT-SVIDs now.
     pub fn jwt_signer(&self, now: Timestamp) -> Result<JwtSigner, StateError> {
-        jwt_keys::signer(&self.jwt_keys, now)
+        Ok(jwt_keys::signer(&self.jwt_keys, now)?)
     }
 
     /// With the JWT keys that there should be now, when those differ.

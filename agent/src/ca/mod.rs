@@ -3,6 +3,7 @@
 
 pub mod csr;
 pub mod intermediate;
+pub mod jwt_keys;
 pub mod provided;
 pub mod root;
 mod sign;

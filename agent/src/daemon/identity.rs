@@ -21,7 +21,15 @@ pub(super) struct Identity {
     /// As `status` names it.
     pub(super) name: String,
     /// Is to be followed.
-    remote: Option<Arc<RemoteIssuer>>,
+    followed: Option<Followed>,
+}
+
+/// An authority whose bundle changes.
+enum Followed {
+    /// In this process; others share its directory.
+    Embedded(Arc<EmbeddedIssuer>, Arc<Trust>),
+    /// Asked over gRPC.
+    Remote(Arc<RemoteIssuer>),
 }
 
 impl Identity {
@@ -40,9 +48,9 @@ impl Identity {
                 trust.set_jwt(domain.clone(), issuer.jwt_bundle().borrow().clone());
                 Ok(Self {
                     issuer: issuer.clone(),
-                    jwt_issuer: issuer,
+                    jwt_issuer: issuer.clone(),
                     name: config.authority.as_str().into(),
-                    remote: None,
+                    followed: Some(Followed::Embedded(issuer, trust.clone())),
                 })
             }
             Authority::Grpc => {
@@ -65,7 +73,7 @@ impl Identity {
                     issuer: issuer.clone(),
                     jwt_issuer: issuer.clone(),
                     name,
-                    remote: Some(issuer),
+                    followed: Some(Followed::Remote(issuer)),
                 })
             }
         }
@@ -73,8 +81,9 @@ impl Identity {
 
     /// Follows the authority's bundle until `stop`.
     pub(super) fn follow(&mut self, stop: CancellationToken) -> tokio::task::JoinHandle<()> {
-        match self.remote.take() {
-            Some(remote) => tokio::spawn(remote.follow(stop)),
+        match self.followed.take() {
+            Some(Followed::Embedded(issuer, trust)) => tokio::spawn(issuer.follow(trust, stop)),
+            Some(Followed::Remote(remote)) => tokio::spawn(remote.follow(stop)),
             None => tokio::spawn(stop.cancelled_owned()),
         }
     }

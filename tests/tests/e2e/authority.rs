@@ -2,8 +2,9 @@
 //! authority that goes and comes back, a root that is replaced.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -16,6 +17,7 @@ use signet_lab::{
     capture::TUNNEL_PORT,
     eventually,
     forge::{Forger, Leaf},
+    metrics::Metrics,
     process::Running,
     traffic::{
         Role,
@@ -24,7 +26,11 @@ use signet_lab::{
     },
 };
 
-use crate::mesh::{HTTP, Mesh, TCP, TIMEOUT};
+use crate::{
+    core::workload_api::fetch,
+    mesh::{HTTP, Mesh, TCP, TIMEOUT},
+    spiffe_clients::{followed, start_rust},
+};
 
 /// The life of every SVID here.
 const TTL: Duration = Duration::from_secs(20);
@@ -66,6 +72,7 @@ impl Attested {
             ("--max-ttl", "20s".into()),
             ("--svid-ttl", "20s".into()),
             ("--intermediate-ttl", "60s".into()),
+            ("--metrics-listen", "127.0.0.1:15014".into()),
         ]
         .into_iter()
         .flat_map(|(flag, value)| [flag.to_owned(), value])
@@ -111,6 +118,11 @@ impl Attested {
     /// `kill -9`.
     fn kill_authority(&mut self) {
         self.authority = None;
+    }
+
+    /// The running authority's metrics.
+    fn metrics(&self) -> Result<Metrics> {
+        self.authority.as_ref().context("it does not run")?.metrics()
     }
 
     fn load(&self) -> Result<Running> {
@@ -187,6 +199,21 @@ fn short_lives_under_traffic_an_authority_away_and_back() -> Result<()> {
         }
     }
     ensure!(renewals >= accounts, "renewals were seen: {renewals}");
+    for agent in attested.mesh.lab.agents() {
+        eventually("an agent's metrics count what it logs", TIMEOUT, || {
+            let metrics = agent.metrics()?;
+            let name = &agent.node().name;
+            let logged = attested.obtained()?.iter().filter(|o| o.0.starts_with(name)).count();
+            let requests = |labels: &[(&str, &str)]| metrics.sum("svid_requests_total", labels);
+            let issued = requests(&[("use", "tunnel"), ("result", "issued")]);
+            let renewed = requests(&[("kind", "renewal"), ("result", "issued")]);
+            ensure!(issued == logged as f64, "{issued} counted, {logged} logged");
+            ensure!(renewed > 0.0 && renewed < issued);
+            let refreshes = metrics.sum("bundle_refreshes_total", &[("result", "ok")]);
+            ensure!(refreshes >= 1.0, "no refresh of the bundle");
+            Ok(Some(()))
+        })?;
+    }
 
     // Past the end: refused, with the reason; then it heals by itself.
     attested.kill_authority();
@@ -199,6 +226,11 @@ fn short_lives_under_traffic_an_authority_away_and_back() -> Result<()> {
         &["--verdict", "dropped"],
         |flow| flow.is("DROPPED", "svid_expired"),
     )?;
+    let metrics = attested.mesh.lab.agent("node-1")?.metrics()?;
+    let held = |state| metrics.sum("svids", &[("use", "tunnel"), ("state", state)]);
+    ensure!(held("valid") == 0.0 && held("expired") > 0.0 && held("missing") == 0.0, "{metrics:?}");
+    ensure!(metrics.sum("svids_failing", &[("use", "tunnel")]) == held("expired"));
+    ensure!(metrics.sum("svid_requests_total", &[("result", "unreachable")]) > 0.0);
     attested.start_authority()?;
     eventually("it heals", Duration::from_secs(45), || {
         let answer = attested.mesh.frontend.curl(&payments.url(HTTP, "/marker-5c1d"))?;
@@ -264,6 +296,10 @@ fn a_root_is_replaced_under_traffic_and_interrupted_at_each_step() -> Result<()>
         Ok(Some(bundle()?).filter(|text| roots(text) == 2))
     })?;
     ensure!(both.contains(old.trim()));
+    let phase = |attested: &Attested, phase| -> Result<f64> {
+        Ok(attested.metrics()?.sum("authority_rotation_phase", &[("phase", phase)]))
+    };
+    ensure!(phase(&attested, "published")? == 1.0 && phase(&attested, "none")? == 0.0);
     eventually("the new root signs", TIMEOUT, || {
         let answer = rotate("0s")?;
         Ok(answer.stdout.contains("signing:").then_some(()))
@@ -278,6 +314,14 @@ fn a_root_is_replaced_under_traffic_and_interrupted_at_each_step() -> Result<()>
         Ok(Some(bundle()?).filter(|text| roots(text) == 1))
     })?;
     ensure!(new != old, "another root");
+    eventually("the metrics say that it is over", TIMEOUT, || {
+        Ok((phase(&attested, "none")? == 1.0 && phase(&attested, "signing")? == 0.0).then_some(()))
+    })?;
+    eventually("both agents have told of the new bundle", TIMEOUT, || {
+        let reports = attested.metrics()?;
+        let current = reports.sum("authority_bundle_reports", &[("bundle", "current")]);
+        Ok((current == 2.0).then_some(()))
+    })?;
     // Long enough for the agents to follow: their bundle has one root again.
     for agent in attested.mesh.lab.agents() {
         eventually("the agent has the new bundle alone", TIMEOUT, || {
@@ -297,4 +341,93 @@ fn a_root_is_replaced_under_traffic_and_interrupted_at_each_step() -> Result<()>
     ensure!(report.reached != "tunnel" && report.seen.is_none(), "the old root counts: {report:?}");
     eventually("it is counted as untrusted", TIMEOUT, || Ok((dropped()? > before).then_some(())))?;
     Ok(())
+}
+
+#[test]
+fn pods_fetch_what_the_authority_signed_and_follow_rotation() -> Result<()> {
+    let mut attested = Attested::start(0, &["--refresh-hint", "2s"])?;
+    let outcome = workloads(&mut attested);
+    outcome.inspect_err(|_| eprintln!("{}", attested.mesh.logs()))
+}
+
+fn workloads(attested: &mut Attested) -> Result<()> {
+    let (frontend, intruder) = (attested.mesh.frontend.clone(), attested.mesh.intruder.clone());
+    let dir = attested.mesh.lab.directory().to_owned();
+    let id = "spiffe://cluster.local/ns/shop/sa/frontend";
+    let followers = [
+        start_rust(&attested.mesh.lab, &frontend, &["watch"])?,
+        start_rust(&attested.mesh.lab, &intruder, &["watch"])?,
+    ];
+    ensure!(followers[0].wait_event("svid", TIMEOUT)?["id"] == id);
+
+    // What is fetched leads to the authority's root, by somebody else's reckoning.
+    let target = dir.join("tls").display().to_string();
+    let written = &["x509", "--write", &target, "-o", "json"];
+    let written = fetch(&attested.mesh.lab, frontend.place(), written)?.success()?;
+    ensure!(serde_json::from_str::<Value>(&written)?["spiffeId"] == id, "{written}");
+    let (roots, chain) =
+        (dir.join("bundle.pem").display().to_string(), format!("{target}/svid.pem"));
+    let verify = ["verify", "-x509_strict", "-CAfile", &roots, "-untrusted", &chain, &chain];
+    let verified = Command::new("openssl").args(verify).output()?;
+    ensure!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
+    let alone = Command::new("openssl").args(["verify", "-CAfile", &roots, &chain]).output()?;
+    ensure!(!alone.status.success(), "the control: an intermediate is between them");
+
+    // Tokens, by another's client and by ours: signed with a key that the replicas share.
+    let tokens = start_rust(&attested.mesh.lab, &frontend, &["jwt", "--audience", "payments"])?;
+    let token = tokens.wait_event("jwt", TIMEOUT)?;
+    ensure!(token["id"] == id && token["jwtDomains"] == 1, "{token}");
+    let ask = |attested: &Attested, audience: &str| {
+        fetch(&attested.mesh.lab, frontend.place(), &["jwt", "--audience", audience])
+    };
+    let first = ask(attested, "ledger")?.success()?;
+    let store: Value = serde_json::from_slice(&std::fs::read(dir.join("store/authority.json"))?)?;
+    let kid = store["jwtKeys"][0]["kid"].as_str().context("no key in the store")?;
+    let head = first.trim().split('.').next().unwrap_or_default();
+    ensure!(decoded(head)?.contains(kid), "{first} is not by {kid}");
+    ensure!(ask(attested, "ledger")?.success()? == first, "not handed out again");
+    let issued = attested
+        .metrics()?
+        .sum("authority_audit_events_total", &[("outcome", "issued"), ("method", "FetchJWTSVID")]);
+    ensure!(issued == 2.0, "{issued} tokens were signed");
+    let agent = attested.mesh.lab.agent("node-1")?;
+    let counted = |result| {
+        Ok::<_, anyhow::Error>(agent.metrics()?.sum("jwt_svids_total", &[("result", result)]))
+    };
+    ensure!(counted("issued")? == 2.0 && counted("cached")? == 1.0 && counted("failed")? == 0.0);
+
+    // Rotation arrives, across a time without the authority.
+    for follower in &followers {
+        followed(follower, 2)?;
+    }
+    attested.kill_authority();
+    ensure!(ask(attested, "ledger")?.success()? == first, "what is good is good");
+    let refused = ask(attested, "somebody new")?;
+    ensure!(refused.code() == 4 && refused.stderr.contains("does not answer"), "{refused:?}");
+    attested.start_authority()?;
+    for follower in &followers {
+        followed(follower, 4)?;
+        let printed = follower.printed();
+        let leaves: BTreeSet<&str> = printed.iter().filter_map(|v| v["leaf"].as_str()).collect();
+        let svids = printed.iter().filter(|v| v["event"] == "svid").count();
+        ensure!(leaves.len() == svids, "a certificate came twice: {printed:?}");
+    }
+    ensure!(ask(attested, "somebody new")?.code() == 0);
+    Ok(())
+}
+
+/// Base64url without padding, as text; by the alphabet's definition (RFC 4648, section 5).
+fn decoded(text: &str) -> Result<String> {
+    const ALPHABET: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    let (mut bits, mut held, mut out) = (0u32, 0u32, Vec::new());
+    for c in text.bytes() {
+        let value = ALPHABET.iter().position(|a| *a == c).context("not base64url")?;
+        bits = bits << 6 | value as u32;
+        held += 6;
+        if held >= 8 {
+            held -= 8;
+            out.push((bits >> held) as u8);
+        }
+    }
+    Ok(String::from_utf8(out)?)
 }

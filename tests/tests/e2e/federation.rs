@@ -124,6 +124,11 @@ fn a_foreign_identity_comes_in_by_name_only_and_leaves_with_its_bundle() -> Resu
         })?;
         ensure!(flow.destination.identity.as_deref() == Some(SERVER), "{flow}");
 
+        let refreshes = || -> Result<f64> {
+            let of_first = [("trust_domain", "cluster.local"), ("result", "ok")];
+            Ok(lab.agent("node-2")?.metrics()?.sum("bundle_refreshes_total", &of_first))
+        };
+        ensure!(refreshes()? >= 1.0, "the other domain's bundle was read");
         // The bundle is withdrawn while a flow is open.
         let mut held = client.start(&Role::Hold(Hold { to, ..Default::default() }))?;
         held.wait_event("open", TIMEOUT)?;
@@ -134,6 +139,7 @@ fn a_foreign_identity_comes_in_by_name_only_and_leaves_with_its_bundle() -> Resu
         lab.agent("node-2")?.wait_flow("its end says why", &["--ends"], |flow| {
             flow.event == "end" && flow.reason == "untrusted_peer"
         })?;
+        ensure!(refreshes()? == 0.0, "a domain's series go with it");
         refused(&client, to, "distrusted")?;
         lab.agent("node-2")?.wait_flow("a handshake is refused", &[], |flow| {
             flow.is("DROPPED", "untrusted_peer")

@@ -1,21 +1,32 @@
 //! The authority inside the agent, for one node and for the lab: its root is a file.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
+use arc_swap::ArcSwap;
 use jiff::Timestamp;
-use tokio::sync::watch;
+use tokio::{sync::watch, time};
+use tokio_util::sync::CancellationToken;
 
 use super::{
-    IssueError, IssueFuture, Issuer, JwtFuture, JwtIssuer, JwtRequest, SvidRequest,
+    IssueError, IssueFuture, Issuer, JwtFuture, JwtIssuer, JwtRequest, SvidRequest, jwt_file,
     root_file::{self, RootFileError},
 };
 use crate::{
-    ca::{CaError, Root},
+    ca::{CaError, Root, jwt_keys},
     spiffe::{Bundle, JwtBundle, JwtClaims, JwtSigner, TrustDomain},
+    trust::Trust,
 };
 
 /// How long a JWT-SVID is valid when the request leaves it open, and at most.
-const TOKEN: (Duration, Duration) = (Duration::from_secs(300), Duration::from_secs(3600));
+const TOKEN: (Duration, Duration) = (Duration::from_secs(300), jwt_keys::LONGEST_TOKEN);
+/// How often the file of keys is looked at.
+const POLL: Duration = Duration::from_secs(10);
+/// A key is in the bundle for twice as long before it signs first.
+const PUBLISHED: Duration = Duration::from_secs(300);
 
 /// Signs with a root that is kept in a directory.
 #[derive(Debug)]
@@ -23,8 +34,9 @@ pub struct EmbeddedIssuer {
     root: Arc<Root>,
     bundle: Bundle,
     leaf_ttl: Duration,
-    /// One key, as long as its file is there: the agents on the directory share it.
-    jwt: JwtSigner,
+    dir: PathBuf,
+    /// The key that signs now, of those in the directory's file.
+    jwt: ArcSwap<JwtSigner>,
     jwt_bundle: watch::Sender<Arc<JwtBundle>>,
 }
 
@@ -41,20 +53,63 @@ impl EmbeddedIssuer {
     ) -> Result<Self, RootFileError> {
         let root = root_file::open_or_create(dir, domain, Timestamp::now())?;
         let bundle = root.bundle().map_err(|source| RootFileError::invalid(dir, source))?;
-        let jwt = root_file::open_or_create_jwt_key(dir)?;
-        let mut jwt_bundle = JwtBundle::new();
-        if let Err(error) = jwt_bundle.insert(jwt.kid(), jwt.public_key().clone()) {
-            let source = CaError::Crypto(error.to_string());
-            return Err(RootFileError::Create { path: dir.into(), source });
-        }
+        let (jwt, jwt_bundle) = jwt_keys(dir, Timestamp::now())?;
         tracing::info!(
             trust_domain = %domain,
             directory = %dir.display(),
             root_not_after = %root.not_after(),
             "embedded authority is ready"
         );
-        let jwt_bundle = watch::Sender::new(Arc::new(jwt_bundle));
-        Ok(Self { root: Arc::new(root), bundle, leaf_ttl, jwt, jwt_bundle })
+        Ok(Self {
+            root: Arc::new(root),
+            bundle,
+            leaf_ttl,
+            dir: dir.to_owned(),
+            jwt: ArcSwap::from_pointee(jwt),
+            jwt_bundle: watch::Sender::new(Arc::new(jwt_bundle)),
+        })
+    }
+
+    /// Follows the keys of JWT-SVIDs, which are replaced once a day, and keeps `trust` in step,
+    /// until `stop`. What fails is tried again; the keys that are there go on.
+    pub async fn follow(self: Arc<Self>, trust: Arc<Trust>, stop: CancellationToken) {
+        let mut said = None;
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = time::sleep(POLL) => {}
+            }
+            let issuer = Arc::clone(&self);
+            // The lock may be another agent's for a moment.
+            let turned = tokio::task::spawn_blocking(move || issuer.turn(Timestamp::now())).await;
+            let error = match turned {
+                Ok(Ok(())) => None,
+                Ok(Err(error)) => Some(error.to_string()),
+                Err(error) => Some(error.to_string()),
+            };
+            trust.set_jwt(self.trust_domain().clone(), self.jwt_bundle.borrow().clone());
+            if error != said {
+                if let Some(error) = &error {
+                    tracing::error!(error, "the keys of JWT-SVIDs are not followed");
+                }
+                said = error;
+            }
+        }
+    }
+
+    /// Takes over the keys that should be there now.
+    fn turn(&self, now: Timestamp) -> Result<(), RootFileError> {
+        let (jwt, bundle) = jwt_keys(&self.dir, now)?;
+        // Published first: nobody gets a token that nobody can verify.
+        self.jwt_bundle.send_if_modified(|held| {
+            let changed = **held != bundle;
+            *held = Arc::new(bundle);
+            changed
+        });
+        if self.jwt.load().kid() != jwt.kid() {
+            self.jwt.store(Arc::new(jwt));
+        }
+        Ok(())
     }
 
     /// The trust domain's bundle: its one root.
@@ -66,6 +121,13 @@ impl EmbeddedIssuer {
     pub fn trust_domain(&self) -> &TrustDomain {
         self.root.trust_domain()
     }
+}
+
+/// The key that signs now, and all that verify.
+fn jwt_keys(dir: &Path, now: Timestamp) -> Result<(JwtSigner, JwtBundle), RootFileError> {
+    let keys = jwt_file::current(dir, PUBLISHED, now)?;
+    let wrong = |source| RootFileError::JwtKeys { path: dir.join(jwt_file::FILE), source };
+    Ok((jwt_keys::signer(&keys, now).map_err(wrong)?, jwt_keys::bundle(&keys).map_err(wrong)?))
 }
 
 impl Issuer for EmbeddedIssuer {
@@ -90,7 +152,7 @@ impl JwtIssuer for EmbeddedIssuer {
             }
             let now = Timestamp::now();
             let ttl = request.ttl.unwrap_or(TOKEN.0).min(TOKEN.1);
-            Ok(self.jwt.sign(&JwtClaims {
+            Ok(self.jwt.load().sign(&JwtClaims {
                 id: request.id.clone(),
                 audiences: request.audiences.clone(),
                 issued_at: now,
@@ -137,6 +199,24 @@ mod tests {
         let keys = two.jwt_bundle().borrow().clone();
         let svid = crate::spiffe::JwtSvid::validate(&token, "vault", |_| Some(keys), now).unwrap();
         assert_eq!(svid.id, id);
+
+        // A day later: each agent has the next key before any of them signs with it.
+        let kid = |issuer: &EmbeddedIssuer| issuer.jwt.load().kid().to_owned();
+        let (first, day) = (kid(&one), now + jwt_keys::LIFETIME);
+        one.turn(day - PUBLISHED).unwrap();
+        let published = one.jwt_bundle().borrow().clone();
+        assert_eq!((published.iter().len(), kid(&one)), (2, first.clone()));
+        two.turn(day - PUBLISHED).unwrap();
+        assert_eq!(*two.jwt_bundle().borrow(), published);
+        two.turn(day + PUBLISHED * 2).unwrap();
+        assert!(kid(&two) != first && published.iter().any(|(name, _)| name == kid(&two)));
+        let token = two.issue_jwt(&request).await.unwrap();
+        let by_one =
+            crate::spiffe::JwtSvid::validate(&token, "vault", |_| Some(published.clone()), now);
+        assert_eq!(by_one.unwrap().id, id, "the other agent knew the key before");
+        one.turn(day + jwt_keys::LONGEST_TOKEN + PUBLISHED * 4).unwrap();
+        assert_eq!(one.jwt_bundle().borrow().iter().len(), 1, "the old one is gone");
+        assert_eq!(kid(&one), kid(&two));
 
         let foreign = SpiffeId::parse("spiffe://other/ns/shop/sa/web").unwrap();
         let request = JwtRequest { id: foreign.clone(), ..request };

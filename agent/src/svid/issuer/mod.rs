@@ -12,6 +12,7 @@ use crate::{
 
 pub mod embedded;
 mod jwt;
+mod jwt_file;
 pub mod remote;
 mod root_file;
 

@@ -13,14 +13,12 @@ use std::{
 use jiff::Timestamp;
 
 use crate::{
-    ca::{CaError, Root},
-    spiffe::{JwtSigner, TrustDomain, jwt::JwtSignerError},
+    ca::{CaError, Root, jwt_keys::JwtKeysError},
+    spiffe::TrustDomain,
 };
 
 /// The file's name in the authority's directory.
 pub const ROOT_FILE: &str = "root.pem";
-/// The file with the key of JWT-SVIDs, PKCS #8 in PEM.
-pub const JWT_KEY_FILE: &str = "jwt-key.pem";
 /// The largest file that is read, in bytes.
 const MAX_LEN: u64 = 64 * 1024;
 
@@ -80,15 +78,15 @@ pub enum RootFileError {
         /// What is wrong.
         source: CaError,
     },
-    /// Its content is no key for JWT-SVIDs.
+    /// Its content is no keys for JWT-SVIDs.
     #[error(
-        "{path}: {source}; move it away and a new one is made (every token of the old one is then refused)"
+        "{path}: {source}; move it away and new ones are made (every token of the old ones is then refused)"
     )]
-    JwtKey {
+    JwtKeys {
         /// The file.
         path: PathBuf,
         /// What is wrong.
-        source: JwtSignerError,
+        source: JwtKeysError,
     },
     /// The file system refused.
     #[error(
@@ -141,30 +139,6 @@ pub(super) fn open_or_create(
     }
 }
 
-/// The key of JWT-SVIDs in `dir`, which is there; made when there is none.
-pub(super) fn open_or_create_jwt_key(dir: &Path) -> Result<JwtSigner, RootFileError> {
-    let path = dir.join(JWT_KEY_FILE);
-    let wrong = |source| RootFileError::JwtKey { path: path.clone(), source };
-    let parse = |content: &[u8]| {
-        let block = pem::parse(content).map_err(|_| wrong(JwtSignerError::Malformed))?;
-        JwtSigner::from_pkcs8(block.contents()).map_err(wrong)
-    };
-    if let Some(content) = read_file(&path)? {
-        return parse(&content);
-    }
-    let signer = JwtSigner::generate().map_err(wrong)?;
-    let text = pem::encode(&pem::Pem::new("PRIVATE KEY", signer.to_pkcs8().map_err(wrong)?));
-    match write_exclusively(dir, &path, text.as_bytes()) {
-        Ok(()) => Ok(signer),
-        // Another agent was first: its key is the key.
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => match read_file(&path)? {
-            Some(content) => parse(&content),
-            None => Err(io_error(&path, "read what another agent wrote", e)),
-        },
-        Err(e) => Err(io_error(&path, "write", e)),
-    }
-}
-
 fn prepare_directory(dir: &Path) -> Result<(), RootFileError> {
     DirBuilder::new()
         .recursive(true)
@@ -187,7 +161,7 @@ fn read(path: &Path, domain: &TrustDomain, now: Timestamp) -> Result<Option<Root
 }
 
 /// A file of ours, whole; `None` when there is none.
-fn read_file(path: &Path) -> Result<Option<Vec<u8>>, RootFileError> {
+pub(super) fn read_file(path: &Path) -> Result<Option<Vec<u8>>, RootFileError> {
     // O_NOFOLLOW: what is checked is what is read. O_NONBLOCK: a FIFO must not hang the start.
     let flags = (rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK).bits();
     let file = match OpenOptions::new().read(true).custom_flags(flags as i32).open(path) {
@@ -236,7 +210,7 @@ fn write_exclusively(dir: &Path, path: &Path, content: &[u8]) -> io::Result<()> 
     File::open(dir)?.sync_all()
 }
 
-fn io_error(path: &Path, action: &'static str, source: io::Error) -> RootFileError {
+pub(super) fn io_error(path: &Path, action: &'static str, source: io::Error) -> RootFileError {
     RootFileError::Io { path: path.into(), action, source }
 }
 
@@ -276,21 +250,6 @@ mod tests {
         let read = open(&dir).unwrap();
         assert_eq!(made.certificate(), read.certificate());
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 1, "nothing lies beside it");
-    }
-
-    #[test]
-    fn a_jwt_key_is_made_once_then_read() {
-        let dir = directory();
-        let made = open_or_create_jwt_key(dir.path()).unwrap();
-        assert_eq!(mode(&dir.path().join(JWT_KEY_FILE)), 0o600);
-        assert_eq!(open_or_create_jwt_key(dir.path()).unwrap().kid(), made.kid());
-        set_mode(&dir.path().join(JWT_KEY_FILE), 0o640);
-        let error = open_or_create_jwt_key(dir.path()).unwrap_err();
-        assert!(matches!(error, RootFileError::Mode { .. }), "{error}");
-        set_mode(&dir.path().join(JWT_KEY_FILE), 0o600);
-        fs::write(dir.path().join(JWT_KEY_FILE), "garbage").unwrap();
-        let error = open_or_create_jwt_key(dir.path()).unwrap_err();
-        assert!(matches!(error, RootFileError::JwtKey { .. }), "{error}");
     }
 
     #[test]

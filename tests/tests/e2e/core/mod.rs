@@ -9,4 +9,4 @@ mod refusals;
 mod restart;
 mod rights;
 mod udp;
-mod workload_api;
+pub mod workload_api;

@@ -24,7 +24,7 @@ fn mesh() -> Result<Mesh> {
 }
 
 /// `signet svid fetch …` in a place of node-1.
-fn fetch(lab: &Lab, place: &Place, arguments: &[&str]) -> Result<Output> {
+pub fn fetch(lab: &Lab, place: &Place, arguments: &[&str]) -> Result<Output> {
     let socket = lab.agent("node-1")?.workload_socket();
     let endpoint = format!("SPIFFE_ENDPOINT_SOCKET=unix://{}", socket.display());
     let binary = signet_binary()?.display().to_string();

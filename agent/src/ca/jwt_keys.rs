@@ -7,7 +7,6 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::state::StateError;
 use crate::spiffe::{JwtBundle, JwtSigner};
 
 /// How long a key signs before the next one takes over.
@@ -17,10 +16,15 @@ pub const LONGEST_TOKEN: Duration = Duration::from_secs(3600);
 /// The most keys that a document may have.
 const MAX_KEYS: usize = 16;
 
-/// A key in the document.
+/// Why the keys cannot be used. It quotes none of them.
+#[derive(Debug, thiserror::Error, Clone, PartialEq, Eq)]
+#[error("{0}")]
+pub struct JwtKeysError(pub String);
+
+/// A key in a document. It is secret: `Debug` does not print it.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub(super) struct StoredKey {
+pub struct StoredKey {
     kid: String,
     /// PKCS #8, base64.
     pkcs8: String,
@@ -29,53 +33,54 @@ pub(super) struct StoredKey {
 }
 
 impl StoredKey {
-    pub(super) fn create(signs_from: Timestamp) -> Result<Self, StateError> {
+    /// A new key.
+    pub fn create(signs_from: Timestamp) -> Result<Self, JwtKeysError> {
         let signer = JwtSigner::generate().map_err(jwt)?;
         let pkcs8 = BASE64_STANDARD.encode(signer.to_pkcs8().map_err(jwt)?);
         Ok(Self { kid: signer.kid().into(), pkcs8, signs_from })
     }
 
-    fn signer(&self) -> Result<JwtSigner, StateError> {
-        let wrong = |_| StateError::Malformed("a JWT key is not base64".into());
+    fn signer(&self) -> Result<JwtSigner, JwtKeysError> {
+        let wrong = |_| JwtKeysError("a JWT key is not base64".into());
         let signer = JwtSigner::from_pkcs8(&BASE64_STANDARD.decode(&self.pkcs8).map_err(wrong)?)
             .map_err(jwt)?;
         if signer.kid() != self.kid {
-            return Err(StateError::Malformed("a JWT key and its kid differ".into()));
+            return Err(JwtKeysError("a JWT key and its kid differ".into()));
         }
         Ok(signer)
     }
 }
 
 /// Reads all keys, as a check and as the bundle.
-pub(super) fn bundle(keys: &[StoredKey]) -> Result<JwtBundle, StateError> {
+pub fn bundle(keys: &[StoredKey]) -> Result<JwtBundle, JwtKeysError> {
     if keys.len() > MAX_KEYS {
-        return Err(StateError::Malformed(format!("there are {} JWT keys", keys.len())));
+        return Err(JwtKeysError(format!("there are {} JWT keys", keys.len())));
     }
     let mut bundle = JwtBundle::new();
     for key in keys {
         let signer = key.signer()?;
         bundle
             .insert(signer.kid(), signer.public_key().clone())
-            .map_err(|e| StateError::Malformed(e.to_string()))?;
+            .map_err(|e| JwtKeysError(e.to_string()))?;
     }
     Ok(bundle)
 }
 
 /// The key that signs now: of those whose time has come, the newest.
-pub(super) fn signer(keys: &[StoredKey], now: Timestamp) -> Result<JwtSigner, StateError> {
+pub fn signer(keys: &[StoredKey], now: Timestamp) -> Result<JwtSigner, JwtKeysError> {
     let ready = keys.iter().filter(|key| key.signs_from <= now);
     let newest = ready.max_by_key(|key| key.signs_from);
     // A clock that went back finds none: the oldest is in every bundle.
     let key = newest.or_else(|| keys.iter().min_by_key(|key| key.signs_from));
-    key.ok_or_else(|| StateError::Malformed("there is no JWT key".into()))?.signer()
+    key.ok_or_else(|| JwtKeysError("there is no JWT key".into()))?.signer()
 }
 
 /// The keys as they should be now; `None`: as they are.
-pub(super) fn advance(
+pub fn advance(
     keys: &[StoredKey],
     refresh_hint: Duration,
     now: Timestamp,
-) -> Result<Option<Vec<StoredKey>>, StateError> {
+) -> Result<Option<Vec<StoredKey>>, JwtKeysError> {
     let later = |t: Timestamp, by: Duration| t.saturating_add(by).unwrap_or(Timestamp::MAX);
     let Some(newest) = keys.iter().map(|key| key.signs_from).max() else {
         // Nobody has a bundle without it.
@@ -96,8 +101,17 @@ pub(super) fn advance(
     Ok((next != keys).then_some(next))
 }
 
-fn jwt(error: impl std::fmt::Display) -> StateError {
-    StateError::Malformed(error.to_string())
+fn jwt(error: impl std::fmt::Display) -> JwtKeysError {
+    JwtKeysError(error.to_string())
+}
+
+impl std::fmt::Debug for StoredKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StoredKey")
+            .field("kid", &self.kid)
+            .field("signs_from", &self.signs_from)
+            .finish_non_exhaustive()
+    }
 }
 
 #[cfg(test)]
