@@ -10,8 +10,8 @@ use std::{
 use anyhow::{Context as _, bail};
 
 /// (binary of the `ebpf` crate, object's name in `OUT_DIR`).
-const OBJECTS: [(&str, &str); 2] =
-    [("signet-programs", "programs.o"), ("signet-lookup", "lookup.o")];
+const OBJECTS: [(&str, &str); 3] =
+    [("signet-programs", "programs.o"), ("signet-lookup", "lookup.o"), ("signet-guard", "guard.o")];
 
 /// Variables by which the outer build would reach into the inner one.
 const OUTER: [&str; 8] = [

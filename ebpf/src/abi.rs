@@ -6,8 +6,10 @@
 //! changing a size means a new [`ABI_VERSION`], which names the pin directory.
 
 mod policy;
+mod reason;
 
 pub use policy::{POLICY_FIXED_BITS, POLICY_RULE_BITS, PolicyKey, PolicyValue, known, policy_tag};
+pub use reason::Reason;
 
 /// Names the pin directory `…/v<ABI_VERSION>`: maps of another version are never re-used.
 pub const ABI_VERSION: u32 = 1;
@@ -127,72 +129,6 @@ impl Mode {
         matches!(self, Self::Permissive | Self::Strict)
     }
 }
-
-/// Calls `$m!` with every reason as `Variant = number "name" "what it means"`.
-///
-/// Append only: numbers are on the wire of the native tunnel and in pinned maps.
-#[macro_export]
-macro_rules! for_each_reason {
-    ($m:ident) => {
-        $m! {
-            Allowed = 0 "allowed" "policy, or the absence of one, lets the flow pass",
-            PolicyDeny = 1 "policy_deny" "a DENY rule matches",
-            PolicyNoMatch = 2 "policy_no_match" "ALLOW policies select the workload and none matches, or the default is deny",
-            PolicyUnsupported = 3 "policy_unsupported" "a policy that selects the workload cannot be evaluated and fails closed",
-            PlaintextRefused = 4 "plaintext_refused" "strict accepts no plaintext",
-            IdentityUnknown = 5 "identity_unknown" "an address of the cluster's ranges that belongs to nobody known",
-            IdentityMismatch = 6 "identity_mismatch" "the certificate or the attested identity is not the one that the address may have",
-            PodUnregistered = 7 "pod_unregistered" "the pod is not registered yet and unknown pods are refused",
-            SvidMissing = 8 "svid_missing" "no SVID has been issued for the workload yet",
-            SvidExpired = 9 "svid_expired" "an SVID ran out",
-            UntrustedPeer = 10 "untrusted_peer" "the peer's certificate does not verify as an SVID of a trusted domain",
-            HandshakeFailed = 11 "handshake_failed" "the TLS handshake did not complete",
-            WrongDestination = 12 "wrong_destination" "the tunnel asked for an address or port that is not this pod's to serve",
-            PeerUnreachable = 13 "peer_unreachable" "the peer is enrolled but not served, has no endpoint, or its node does not answer on 15008",
-            AppUnreachable = 14 "app_unreachable" "the application does not accept the connection",
-            RightWithdrawn = 15 "right_withdrawn" "policy or trust changed while the flow was open",
-            SourceNotPreserved = 16 "source_not_preserved" "the client's address could not be handed to the application",
-            MapFull = 17 "map_full" "a kernel map has no room left",
-            LimitExceeded = 18 "limit_exceeded" "a per-endpoint limit is reached",
-            Draining = 19 "draining" "the agent is shutting down",
-            ProtocolError = 20 "protocol_error" "the peer broke the tunnel's protocol",
-            Internal = 21 "internal" "a bug in Signet",
-        }
-    };
-}
-
-macro_rules! define_reason {
-    ($($variant:ident = $number:literal $name:literal $doc:literal,)*) => {
-        /// Why a flow got its verdict (DESIGN §2).
-        #[repr(u16)]
-        #[allow(
-            clippy::manual_non_exhaustive,
-            reason = "the hidden variant is the value of memory that nobody set"
-        )]
-        #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
-        pub enum Reason {
-            $(#[doc = $doc] $variant = $number,)*
-            #[doc(hidden)]
-            #[default]
-            __Unset = u16::MAX,
-        }
-
-        impl Reason {
-            /// Every reason, in order of its number.
-            pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
-
-            /// The reason of a number from a map, an event or the wire.
-            #[inline]
-            pub const fn from_u16(v: u16) -> Option<Self> {
-                match v {
-                    $($number => Some(Self::$variant),)*
-                    _ => None,
-                }
-            }
-        }
-    };
-}
-for_each_reason!(define_reason);
 
 /// What became of a flow.
 #[repr(u8)]
@@ -378,8 +314,10 @@ pub struct Config {
     pub deny_when_dead: u8,
     /// 1 when the cluster's pod ranges are known.
     pub ranges_known: u8,
+    /// 1 while some pod has a raw guard: flows of enforced pods are recorded for it.
+    pub guarding: u8,
     /// Zero.
-    pub pad: [u8; 3],
+    pub pad: [u8; 2],
 }
 
 /// A TCP or UDP flow as seen from one socket in one network namespace.
@@ -396,7 +334,7 @@ pub struct FlowKey {
     pub local_port: u16,
     /// Remote port.
     pub remote_port: u16,
-    /// `AF_INET` or `AF_INET6`; 0 for UDP tracking.
+    /// `AF_INET` or `AF_INET6`; 0 for UDP tracking; the IP protocol in the guard's tables.
     pub family: u32,
 }
 
@@ -454,6 +392,37 @@ pub struct UdpFlow {
     /// Revision of the policy that admitted it: an older one is judged again.
     pub revision: u64,
 }
+
+/// A flow that the raw guard lets out; key: a [`FlowKey`] with the IP protocol.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct GuardFlow {
+    /// Last time that a socket's packet was seen, or when the connection was closed.
+    pub last: u64,
+    /// 1: a connection of the agent that is open, whatever its age.
+    pub open: u32,
+    /// Zero.
+    pub pad: u32,
+}
+
+/// A datagram of which the first fragment left a pod.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct FragmentKey {
+    /// The pod's network namespace.
+    pub netns: u64,
+    /// Sender.
+    pub source: Ip,
+    /// Receiver.
+    pub destination: Ip,
+    /// Identification, as it stands in the header.
+    pub id: u32,
+    /// Zero.
+    pub pad: u32,
+}
+
+/// What arrived at a pod longer ago than this is not answered any more.
+pub const ARRIVED_NS: u64 = 60_000_000_000;
 
 /// Key of the drop counters; never lossy for its key.
 #[repr(C)]
@@ -537,6 +506,8 @@ pub mod hook {
     pub const LOOKUP: u8 = 4;
     /// cgroup_skb ingress.
     pub const INGRESS: u8 = 5;
+    /// The raw guard at the host's end of the veth.
+    pub const GUARD: u8 = 6;
 }
 
 /// Indices of the per-CPU counters.
@@ -561,6 +532,10 @@ pub mod counter {
     pub const UNKNOWN_REFUSED: u32 = 8;
     /// Connects of unregistered pods left alone because the agent is dead.
     pub const UNKNOWN_PASSED: u32 = 9;
+    /// Flows for the raw guard that found no room.
+    pub const GUARD_FULL: u32 = 10;
+    /// Frames that the raw guard dropped.
+    pub const GUARD_DROPPED: u32 = 11;
     /// How many there are.
     pub const COUNT: u32 = 16;
 }
@@ -628,6 +603,8 @@ const _: () = {
     assert!(size_of::<UdpFlow>() == 16);
     assert!(size_of::<PolicyKey>() == 20);
     assert!(size_of::<PolicyValue>() == 8);
+    assert!(size_of::<GuardFlow>() == 16);
+    assert!(size_of::<FragmentKey>() == 48);
     assert!(size_of::<DropKey>() == 32);
     assert!(size_of::<RateWindow>() == 16);
     assert!(size_of::<Event>() == 88);
@@ -674,6 +651,8 @@ mod user {
         Handover,
         Attestation,
         UdpFlow,
+        GuardFlow,
+        FragmentKey,
         PolicyKey,
         PolicyValue,
         DropKey,

@@ -5,8 +5,8 @@
 //! it can be: at connect and in sk_lookup. A packet without a socket meets no hook.
 
 use crate::{
-    maps::{CUT, Kernel, UDP_FLOWS, count, has, now, report},
-    task,
+    maps::{CONFIG, CUT, GUARD_FLOWS, Kernel, UDP_FLOWS, count, has, now, report},
+    packet, task,
 };
 use aya_ebpf::{
     EbpfContext,
@@ -15,8 +15,9 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 use signet_ebpf::{
-    abi::{FlowKey, Ip, UdpFlow, counter, feature, hook, proto},
+    abi::{FlowKey, GuardFlow, Mode, UdpFlow, counter, feature, hook, proto},
     decide::{Action, Decision, Flow, PolicyMaps, decide_egress, decide_ingress},
+    guard::{self, Frame, tcp},
 };
 
 const PASS: i32 = 1;
@@ -27,121 +28,91 @@ const UDP_IDLE_NS: u64 = 120_000_000_000;
 
 #[cgroup_skb(ingress)]
 pub fn skb_ingress(ctx: SkBuffContext) -> i32 {
-    filter(&ctx, true)
+    // What cannot be parsed cannot be a flow that the stack would accept.
+    let Some((packet, _)) = packet::parse(&ctx.skb, 0) else { return DROP };
+    filter(&ctx, &packet, true)
 }
 
 #[cgroup_skb(egress)]
 pub fn skb_egress(ctx: SkBuffContext) -> i32 {
-    filter(&ctx, false)
+    let Some((packet, _)) = packet::parse(&ctx.skb, 0) else { return DROP };
+    if filter(&ctx, &packet, false) == DROP {
+        return DROP;
+    }
+    if is_guarding() { record(&ctx, &packet) } else { PASS }
 }
 
-/// What a packet's headers say.
-struct Packet {
-    source: Ip,
-    destination: Ip,
-    source_port: u16,
-    destination_port: u16,
-    protocol: u8,
-    /// TCP flags of a first fragment.
-    flags: u8,
-}
-
-const TCP_SYN: u8 = 0x02;
-const TCP_ACK: u8 = 0x10;
-
-/// IPv6 extension headers that are skipped before the transport header.
-const MAX_EXTENSIONS: u32 = 4;
-
-/// Parses the network and transport headers; `None` where they are cut short.
+/// True while some pod of this node has a raw guard.
 #[inline(always)]
-fn parse(ctx: &SkBuffContext) -> Option<Packet> {
-    let first: u8 = ctx.load(0).ok()?;
-    let (source, destination, mut protocol, mut offset, mut later) = if first >> 4 == 4 {
-        let source: u32 = ctx.load(12).ok()?;
-        let destination: u32 = ctx.load(16).ok()?;
-        let protocol: u8 = ctx.load(9).ok()?;
-        let fragment: u16 = ctx.load(6).ok()?;
-        let length = ((first & 0xf) as usize) * 4;
-        (
-            Ip::v4(source),
-            Ip::v4(destination),
-            protocol,
-            length,
-            u16::from_be(fragment) & 0x1fff != 0,
-        )
-    } else {
-        let source: [u32; 4] = ctx.load(8).ok()?;
-        let destination: [u32; 4] = ctx.load(24).ok()?;
-        let protocol: u8 = ctx.load(6).ok()?;
-        (Ip(source), Ip(destination), protocol, 40, false)
+fn is_guarding() -> bool {
+    match CONFIG.get(0) {
+        Some(config) => config.guarding != 0,
+        None => false,
+    }
+}
+
+/// Notes the flow of a packet that an enforced pod's socket may send, for the guard.
+#[inline(always)]
+fn record(ctx: &SkBuffContext, packet: &Frame) -> i32 {
+    // Later fragments follow their first one; loopback never meets the guard.
+    if packet.later_fragment || packet.destination.is_local_by_nature() {
+        return PASS;
+    }
+    let netns = netns_of(ctx);
+    let is_enforced = |netns| match Kernel.pod(netns) {
+        Some(entry) => Mode::from_u8(entry.mode).is_enforced(),
+        None => false,
     };
-    if first >> 4 == 6 {
-        let mut i = 0;
-        while i < MAX_EXTENSIONS {
-            match protocol {
-                // Hop-by-hop, routing, destination options: length in 8-octet units.
-                0 | 43 | 60 => {
-                    protocol = ctx.load(offset).ok()?;
-                    let length: u8 = ctx.load(offset + 1).ok()?;
-                    offset += (length as usize + 1) * 8;
-                }
-                // Fragment.
-                44 => {
-                    let next: u8 = ctx.load(offset).ok()?;
-                    let fragment: u16 = ctx.load(offset + 2).ok()?;
-                    protocol = next;
-                    later = later || u16::from_be(fragment) & 0xfff8 != 0;
-                    offset += 8;
-                }
-                _ => break,
-            }
-            i += 1;
+    let mut key = guard::flow_of(netns, packet);
+    if !is_enforced(netns) {
+        // A network namespace inside a pod: the pod forwards it, under an address of its own.
+        key.netns = task::netns_of_packet(ctx.skb.skb);
+        guard::forward(&mut key);
+        if !is_enforced(key.netns) {
+            return PASS;
         }
     }
-    let mut packet =
-        Packet { source, destination, source_port: 0, destination_port: 0, protocol, flags: 0 };
-    if later {
-        // Of a later fragment nothing is known; the first one was judged, and without it
-        // the rest never becomes a datagram.
-        packet.protocol = LATER_FRAGMENT;
-        return Some(packet);
+    let now = now();
+    if let Some(flow) = GUARD_FLOWS.get_ptr_mut(&key) {
+        // SAFETY: a live map value.
+        unsafe { (*flow).last = now };
+        return PASS;
     }
-    if protocol == proto::TCP || protocol == proto::UDP {
-        packet.source_port = u16::from_be(ctx.load(offset).ok()?);
-        packet.destination_port = u16::from_be(ctx.load(offset + 2).ok()?);
-        if protocol == proto::TCP {
-            packet.flags = ctx.load(offset + 13).ok()?;
-        }
+    if GUARD_FLOWS.insert(&key, &GuardFlow { last: now, open: 0, pad: 0 }, 0).is_err() {
+        count(counter::GUARD_FULL);
+        return DROP;
     }
-    Some(packet)
+    PASS
 }
 
-/// Not a protocol number that IANA assigns.
-const LATER_FRAGMENT: u8 = 255;
+/// The network namespace of the packet's socket.
+#[inline(always)]
+fn netns_of(ctx: &SkBuffContext) -> u64 {
+    if has(feature::SKB_NETNS_COOKIE) {
+        // SAFETY: the context has this helper on kernels with the feature bit.
+        unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
+    } else {
+        // The cgroup names the pod. One that is not registered has none: 0.
+        task::netns_of_packet(ctx.skb.skb)
+    }
+}
 
 #[inline(always)]
-fn filter(ctx: &SkBuffContext, ingress: bool) -> i32 {
-    // What cannot be parsed cannot be a flow that the stack would accept.
-    let Some(packet) = parse(ctx) else { return DROP };
+fn filter(ctx: &SkBuffContext, packet: &Frame, ingress: bool) -> i32 {
+    if packet.later_fragment {
+        // Nothing is known of it; the first one was judged, and without that the rest never
+        // becomes a datagram.
+        return PASS;
+    }
     let tcp = packet.protocol == proto::TCP;
-    let later = tcp && packet.flags & (TCP_SYN | TCP_ACK) != TCP_SYN;
+    let later = tcp && packet.detail & (tcp::SYN | tcp::ACK) != tcp::SYN;
     // TCP is decided on its first packet only; what comes later goes on, unless the flow
     // lost its right and its sockets could not be destroyed.
     if later && has(feature::SOCK_DESTROY) {
         return PASS;
     }
-    if packet.protocol == LATER_FRAGMENT {
-        return PASS;
-    }
-    let skb = ctx.skb.skb;
-    let task_netns = task::netns_of_packet(skb);
-    let netns = if has(feature::SKB_NETNS_COOKIE) {
-        // SAFETY: the context has this helper on kernels with the feature bit.
-        unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
-    } else {
-        // The cgroup names the pod. One that is not registered has none: 0.
-        task_netns
-    };
+    let task_netns = task::netns_of_packet(ctx.skb.skb);
+    let netns = netns_of(ctx);
     let flow = if ingress {
         Flow {
             netns,

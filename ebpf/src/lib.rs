@@ -5,3 +5,4 @@
 
 pub mod abi;
 pub mod decide;
+pub mod guard;

@@ -8,6 +8,7 @@
 mod connect;
 mod filter;
 mod maps;
+mod packet;
 mod sockname;
 mod sockops;
 mod task;

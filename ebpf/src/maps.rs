@@ -8,14 +8,14 @@ use aya_ebpf::{
     btf_maps,
     helpers::{bpf_ktime_get_ns, bpf_sk_storage_delete, bpf_sk_storage_get},
     macros::{btf_map, map},
-    maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, SockHash, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SockHash, lpm_trie::Key},
 };
 use core::ffi::c_void;
 use signet_ebpf::{
     abi::{
-        AddressEntry, Attestation, Config, DropKey, Event, ExemptKey, FlowKey, Handover, Ip,
-        ListenerKey, OwnAddressKey, PodEntry, PolicyKey, PolicyValue, RateWindow, ServiceKey,
-        UdpFlow, Verdict, counter,
+        AddressEntry, Attestation, Config, DropKey, Event, ExemptKey, FlowKey, FragmentKey,
+        GuardFlow, Handover, Ip, ListenerKey, OwnAddressKey, PodEntry, PolicyKey, PolicyValue,
+        RateWindow, ServiceKey, UdpFlow, Verdict, counter,
     },
     decide::{Decision, Flow, PolicyMaps},
 };
@@ -58,6 +58,19 @@ pub static CLIENTS: HashMap<FlowKey, Handover> = HashMap::pinned(MAX_HANDOVERS, 
 pub static CUT: HashMap<FlowKey, u64> = HashMap::pinned(16_384, BPF_F_NO_PREALLOC);
 #[map]
 pub static UDP_FLOWS: HashMap<FlowKey, UdpFlow> = HashMap::pinned(131_072, BPF_F_NO_PREALLOC);
+/// Devices of this node with a raw guard: interface → the pod's network namespace.
+#[map]
+pub static GUARDED: HashMap<u32, u64> = HashMap::pinned(MAX_PODS, BPF_F_NO_PREALLOC);
+/// Flows that may leave a guarded pod.
+#[map]
+pub static GUARD_FLOWS: HashMap<FlowKey, GuardFlow> = HashMap::pinned(262_144, BPF_F_NO_PREALLOC);
+/// When a packet of a flow without a socket arrived at a guarded pod: an eviction only keeps
+/// the pod from answering.
+#[map]
+pub static ARRIVED: LruHashMap<FlowKey, u64> = LruHashMap::pinned(16_384, 0);
+/// Datagrams of which the first fragment passed: an eviction loses the datagram.
+#[map]
+pub static FRAGMENTS: LruHashMap<FragmentKey, u64> = LruHashMap::pinned(4096, 0);
 #[map]
 pub static DROPS: HashMap<DropKey, u64> = HashMap::pinned(MAX_HANDOVERS, BPF_F_NO_PREALLOC);
 #[map]

@@ -6,8 +6,8 @@
 //! completes, and the map entry goes.
 
 use crate::maps::{
-    ACCEPTED, ATTESTED, CLIENT_OF, CLIENTS, CONFIG, ORIGINALS, PROBES, SHOWN, count, now, read,
-    store, stored,
+    ACCEPTED, ATTESTED, CLIENT_OF, CLIENTS, CONFIG, GUARD_FLOWS, ORIGINALS, PROBES, SHOWN, count,
+    now, read, store, stored,
 };
 use aya_ebpf::{
     EbpfContext,
@@ -23,7 +23,7 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 use core::ffi::c_void;
-use signet_ebpf::abi::{Attestation, FlowKey, Ip, counter};
+use signet_ebpf::abi::{Attestation, FlowKey, GuardFlow, Ip, counter, proto};
 
 const AF_INET6: u32 = 10;
 
@@ -152,23 +152,36 @@ pub fn ops_workloads(ctx: SockOpsContext) -> u32 {
 #[sock_ops]
 pub fn ops_agent(ctx: SockOpsContext) -> u32 {
     let op = op(&ctx);
-    if op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB {
+    if op != BPF_SOCK_OPS_TCP_CONNECT_CB
+        && op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB
+        && op != BPF_SOCK_OPS_STATE_CB
+    {
         return 0;
     }
     let sk = socket(&ctx);
     if sk.is_null() {
         return 0;
     }
+    let key = key_of(&ctx);
+    if op == BPF_SOCK_OPS_STATE_CB {
+        if states(&ctx).1 == BPF_TCP_CLOSE {
+            close_tunnel(&key);
+        }
+        return 0;
+    }
+    if record_tunnel(&key) {
+        watch_states(&ctx);
+    }
     if op == BPF_SOCK_OPS_TCP_CONNECT_CB {
         // To an application: the client to show, which user space put on the socket.
         if let Some(client) = stored(&CLIENT_OF, sk)
-            && CLIENTS.insert(&key_of(&ctx), &client, 0).is_err()
+            && CLIENTS.insert(&key, &client, 0).is_err()
         {
             count(counter::CLIENTS_FULL);
         }
         return 0;
     }
-    let key = key_of(&ctx).mirrored();
+    let key = key.mirrored();
     // SAFETY: entries are replaced whole.
     if let Some(original) = unsafe { ORIGINALS.get(&key) } {
         let original = *original;
@@ -176,6 +189,40 @@ pub fn ops_agent(ctx: SockOpsContext) -> u32 {
         let _ = ORIGINALS.remove(&key);
     }
     0
+}
+
+/// Notes a connection that the agent makes or takes inside a pod's network namespace, for
+/// that pod's raw guard; true when it was one.
+#[inline(always)]
+fn record_tunnel(key: &FlowKey) -> bool {
+    let host = match CONFIG.get(0) {
+        Some(config) => config.host_netns,
+        None => return false,
+    };
+    if key.netns == host || key.local.is_local_by_nature() || key.remote.is_local_by_nature() {
+        return false;
+    }
+    let key = FlowKey { family: proto::TCP as u32, ..*key };
+    let flow = GuardFlow { last: now(), open: 1, pad: 0 };
+    if GUARD_FLOWS.insert(&key, &flow, 0).is_err() {
+        // Its packets do not leave a guarded pod.
+        count(counter::GUARD_FULL);
+        return false;
+    }
+    true
+}
+
+/// The connection is closed; its last packets may still be sent for a while.
+#[inline(always)]
+fn close_tunnel(key: &FlowKey) {
+    let key = FlowKey { family: proto::TCP as u32, ..*key };
+    if let Some(flow) = GUARD_FLOWS.get_ptr_mut(&key) {
+        // SAFETY: a live map value.
+        unsafe {
+            (*flow).open = 0;
+            (*flow).last = now();
+        }
+    }
 }
 
 /// At the node's root: records the flows of the cgroups that may probe pods.

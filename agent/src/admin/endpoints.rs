@@ -106,6 +106,11 @@ fn registered(
         svid: svid(inputs, endpoint, now),
         policies: endpoint.policies.iter().map(|p| policy_name(&p.name)).collect(),
         default_deny: endpoint.default_deny,
+        raw_guard: match endpoint.raw_guard {
+            Some(kind) => kind.into(),
+            None if endpoint.mode.is_enforced() => "none".into(),
+            None => String::new(),
+        },
         revision: state.revision,
         addresses: endpoint.addresses.iter().map(ToString::to_string).collect(),
         drops: drops(inputs, state, endpoint, recent),

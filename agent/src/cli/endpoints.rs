@@ -155,6 +155,9 @@ fn block(e: &Endpoint) -> String {
     let policies = if e.policies.is_empty() { "none".into() } else { e.policies.join(" ") };
     let default = if e.default_deny { "deny" } else { "allow" };
     lines.push(("Policies", format!("{policies}  default {default}")));
+    if !e.raw_guard.is_empty() {
+        lines.push(("Raw guard", e.raw_guard.clone()));
+    }
     lines.push(("Revision", e.revision.to_string()));
     let mut text = String::new();
     for (title, line) in lines {
@@ -231,6 +234,7 @@ struct EndpointJson<'a> {
     svid: Option<SvidJson<'a>>,
     policies: &'a [String],
     default_deny: bool,
+    raw_guard: Option<&'a str>,
     revision: u64,
     drops: Vec<DropJson<'a>>,
 }
@@ -292,6 +296,7 @@ impl<'a> EndpointJson<'a> {
             }),
             policies: &e.policies,
             default_deny: e.default_deny,
+            raw_guard: given(&e.raw_guard),
             revision: e.revision,
             drops: e
                 .drops

@@ -351,6 +351,17 @@ keys! {
         "Protocols besides TCP and UDP, from and to pods that are not off."
         set(c, v) { c.other_protocols = OtherProtocols::parse(one(v)?)?; }
         get(c) vec![c.other_protocols.as_str().into()];
+    "rawGuard" Live false "true|false"
+        "Whether frames that no socket of an enforced pod was let through with (packet sockets, \
+         forged addresses) drop at the node's end of its veth."
+        set(c, v) {
+            c.raw_guard = match one(v)? {
+                "true" => true,
+                "false" => false,
+                other => return Err(format!("{:?} is neither true nor false", shorten(other))),
+            };
+        }
+        get(c) vec![c.raw_guard.to_string()];
     "neverDeny" Live true "namespaces"
         "Namespaces whose pods are registered first and never wait, besides kube-system."
         set(c, v) { c.never_deny = each(v, |n| label(n, 63))?; }

@@ -128,7 +128,7 @@ impl Picture {
 
     /// What is counted besides verdicts, for `status` and metrics.
     fn counters(&self) -> Vec<Reading> {
-        const EVENTS: [(&str, &str, u32); 3] = [
+        const EVENTS: [(&str, &str, u32); 4] = [
             ("kernel_redirected", "Connects that were led to a tunnel", counter::REDIRECTED),
             (
                 "kernel_unknown_refused",
@@ -140,12 +140,14 @@ impl Picture {
                 "Connections of pods not registered yet that passed",
                 counter::UNKNOWN_PASSED,
             ),
+            ("kernel_guard_dropped", "Frames that raw guards dropped", counter::GUARD_DROPPED),
         ];
-        const FULL: [(&str, u32); 4] = [
+        const FULL: [(&str, u32); 5] = [
             ("ORIGINALS", counter::ORIGINALS_FULL),
             ("CLIENTS", counter::CLIENTS_FULL),
             ("UDP_FLOWS", counter::UDP_FULL),
             ("ATTESTED", counter::ATTESTED_FULL),
+            ("GUARD_FLOWS", counter::GUARD_FULL),
         ];
         let get = |index| self.counters.get(index).ok();
         let mut all: Vec<_> = EVENTS

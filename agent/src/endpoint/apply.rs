@@ -38,6 +38,7 @@ pub fn read(maps: &Maps) -> Result<Tables, KernelError> {
         ranges: maps.ranges()?.into_iter().collect(),
         exempt: maps.exempt.rows()?.into_iter().collect(),
         probes: maps.probes.rows()?.into_iter().collect(),
+        guarded: maps.guarded.rows()?.into_iter().collect(),
         policies: maps.policies()?.into_iter().map(|netns| (netns, None)).collect(),
     })
 }
@@ -70,6 +71,7 @@ pub fn apply(maps: &mut Maps, applied: &mut Tables, wanted: &Tables) -> Outcome 
     let addresses = changes(&applied.addresses, &wanted.addresses);
     let services = changes(&applied.services, &wanted.services);
     let probes = changes(&applied.probes, &wanted.probes);
+    let guarded = changes(&applied.guarded, &wanted.guarded);
 
     set(&mut maps.own, &mut applied.own, &own, &mut outcome, |key, _| Some(key.netns));
     set(&mut maps.exempt, &mut applied.exempt, &exempt, &mut outcome, |key, _| Some(key.netns));
@@ -81,8 +83,11 @@ pub fn apply(maps: &mut Maps, applied: &mut Tables, wanted: &Tables) -> Outcome 
     remove(&mut maps.probes, &mut applied.probes, &probes, &mut outcome);
     set(&mut maps.probes, &mut applied.probes, &probes, &mut outcome, |_, _| None);
     set(&mut maps.pods, &mut applied.pods, &pods, &mut outcome, |netns, _| Some(*netns));
+    // Flows are recorded before anything is judged by the record.
     config(maps, applied, wanted, &mut outcome);
+    set(&mut maps.guarded, &mut applied.guarded, &guarded, &mut outcome, |_, n| Some(*n));
 
+    remove(&mut maps.guarded, &mut applied.guarded, &guarded, &mut outcome);
     remove(&mut maps.pods, &mut applied.pods, &pods, &mut outcome);
     remove(&mut maps.cgroups, &mut applied.cgroups, &cgroups, &mut outcome);
     remove(&mut maps.own, &mut applied.own, &own, &mut outcome);

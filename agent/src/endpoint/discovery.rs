@@ -19,7 +19,7 @@ use std::{
 use crate::{
     cluster::model::{Pod, PodUid},
     kernel::cgroup::{Cgroup, Hierarchy},
-    netns::{self, NetnsFd, NetnsOpener, addresses},
+    netns::{self, NetnsFd, NetnsOpener, addresses, links},
 };
 
 /// How often a found pod is looked at again.
@@ -42,6 +42,10 @@ pub struct Found {
     pub cgroup: Cgroup,
     /// Its addresses of global scope; never empty.
     pub addresses: Vec<IpAddr>,
+    /// Its addresses of link scope.
+    pub link_local: Vec<IpAddr>,
+    /// The node's ends of its links: interface numbers. Empty where no veth leads to it.
+    pub host_ends: Vec<u32>,
     /// When it was found.
     pub since: jiff::Timestamp,
     found_at: Instant,
@@ -64,7 +68,8 @@ struct Process {
 pub struct Discovery {
     hierarchy: Hierarchy,
     workloads: Cgroup,
-    host: (u64, u64),
+    host: Arc<NetnsFd>,
+    host_inode: (u64, u64),
     opener: NetnsOpener,
     found: HashMap<PodUid, Found>,
     missing: BTreeMap<PodUid, String>,
@@ -76,11 +81,13 @@ impl Discovery {
     /// # Errors
     /// Where the node's own network namespace cannot be opened.
     pub fn new(hierarchy: Hierarchy, workloads: Cgroup, opener: NetnsOpener) -> io::Result<Self> {
-        let host = NetnsFd::of_this_process()?.inode()?;
+        let host = Arc::new(NetnsFd::of_this_process()?);
+        let host_inode = host.inode()?;
         Ok(Self {
             hierarchy,
             workloads,
             host,
+            host_inode,
             opener,
             found: HashMap::new(),
             missing: BTreeMap::new(),
@@ -181,12 +188,17 @@ impl Discovery {
             found.read = now;
             // Without any, the last ones stay: the interface may be between two states, and
             // an endpoint without addresses would be no endpoint.
-            if let Ok(addresses) = addresses::global(found.route.as_fd())
-                && !addresses.is_empty()
-                && addresses != found.addresses
+            if let Ok(addresses) = addresses::read(found.route.as_fd())
+                && !addresses.global.is_empty()
             {
-                found.addresses = addresses;
-                changed = true;
+                changed |= addresses.global != found.addresses;
+                changed |= addresses.link_local != found.link_local;
+                found.addresses = addresses.global;
+                found.link_local = addresses.link_local;
+            }
+            if found.host_ends.is_empty() {
+                found.host_ends = self.host_ends(&found.netns).await;
+                changed |= !found.host_ends.is_empty();
             }
         }
         self.found.insert(pod.uid.clone(), found);
@@ -233,14 +245,17 @@ impl Discovery {
         let unreadable =
             |error| format!("the addresses in its network namespace cannot be read: {error}");
         let route = self.opener.netlink(&netns, ROUTE).await.map_err(unreadable)?;
-        let addresses = addresses::global(route.as_fd()).map_err(unreadable)?;
-        if addresses.is_empty() {
+        let addresses = addresses::read(route.as_fd()).map_err(unreadable)?;
+        if addresses.global.is_empty() {
             return Err("its network namespace has no address of global scope yet".into());
         }
+        let host_ends = self.host_ends(&netns).await;
         Ok(Found {
             netns,
             cgroup,
-            addresses,
+            addresses: addresses.global,
+            link_local: addresses.link_local,
+            host_ends,
             since: jiff::Timestamp::now(),
             found_at: now,
             checked: now,
@@ -248,6 +263,18 @@ impl Discovery {
             inode,
             anchor,
             route,
+        })
+    }
+
+    /// The node's ends of a pod's links; none where they cannot be read, which is tried again.
+    async fn host_ends(&self, netns: &NetnsFd) -> Vec<u32> {
+        let ends = match self.opener.netlink(&self.host, ROUTE).await {
+            Ok(socket) => links::host_ends(socket.as_fd(), netns.fd.as_fd()),
+            Err(error) => Err(error),
+        };
+        ends.unwrap_or_else(|error| {
+            tracing::warn!(netns = netns.cookie, %error, "the node's links cannot be read");
+            Vec::new()
         })
     }
 
@@ -271,7 +298,7 @@ impl Discovery {
         for process in processes {
             let Ok((fd, inode)) = netns_of(process) else { continue };
             // Both were read after the pid: a pid that was taken over is in another cgroup.
-            if inode != self.host && self.is_in(process, cgroup) {
+            if inode != self.host_inode && self.is_in(process, cgroup) {
                 return Ok((process, fd, inode));
             }
         }

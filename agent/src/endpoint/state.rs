@@ -63,6 +63,8 @@ pub struct EndpointState {
     pub cgroup: u64,
     /// Policies that select it.
     pub policies: Arc<[Arc<Policy>]>,
+    /// How its raw guard is attached; `None`: it has none.
+    pub raw_guard: Option<&'static str>,
     /// True when the namespace's default is deny.
     pub default_deny: bool,
     /// Outbound listener port, IPv4 (0: none).

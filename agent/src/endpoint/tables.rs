@@ -37,6 +37,8 @@ pub struct Tables {
     pub exempt: HashMap<ExemptKey, u8>,
     /// Cgroups whose flows are attested as probes.
     pub probes: HashMap<u64, u8>,
+    /// The node's interfaces with a raw guard → the pod's network namespace.
+    pub guarded: HashMap<u32, u64>,
     /// By network namespace. `None`: there is one in the kernel, and nobody knows what it
     /// says (after a restart).
     pub policies: HashMap<u64, Option<Arc<Vec<PolicyEntry>>>>,
@@ -79,6 +81,10 @@ impl Tables {
         }
         let kept = |netns: &u64| keep.contains(netns);
         self.cgroups.extend(applied.cgroups.iter().filter(|(_, n)| kept(n)));
+        self.guarded.extend(applied.guarded.iter().filter(|(_, n)| kept(n)));
+        if !self.guarded.is_empty() {
+            self.config.guarding = 1;
+        }
         self.own.extend(applied.own.iter().filter(|(k, _)| kept(&k.netns)));
         self.exempt.extend(applied.exempt.iter().filter(|(k, _)| kept(&k.netns)));
     }
@@ -167,11 +173,15 @@ mod tests {
         applied.cgroups.insert(70, 7);
         applied.cgroups.insert(80, 8);
         applied.own.insert(own, 1);
+        applied.guarded.insert(3, 7);
+        applied.guarded.insert(4, 8);
         applied.policies.insert(7, None);
         let mut wanted = Tables::default();
         wanted.keep(&applied, &BTreeSet::from([7]));
         assert!(wanted.pods.contains_key(&7) && !wanted.pods.contains_key(&8));
         assert_eq!(wanted.cgroups, HashMap::from([(70, 7)]));
+        assert_eq!(wanted.guarded, HashMap::from([(3, 7)]));
+        assert_eq!(wanted.config.guarding, 1);
         assert!(wanted.own.contains_key(&own) && wanted.policies.contains_key(&7));
     }
 }

@@ -153,6 +153,7 @@ pub(crate) fn endpoint(pod: &Arc<Pod>, netns: u64, address: &str) -> Arc<Endpoin
         cgroup_path: format!("/kubepods/pod{}", pod.uid).into(),
         cgroup: netns + 1000,
         policies: Arc::new([]),
+        raw_guard: None,
         default_deny: false,
         listener4: 0,
         listener6: (0, 0),

@@ -37,6 +37,8 @@ pub(super) mod attach {
     pub(crate) const CGROUP_INET4_GETSOCKNAME: u32 = 31;
     pub(crate) const CGROUP_INET6_GETSOCKNAME: u32 = 32;
     pub(crate) const SK_LOOKUP: u32 = 36;
+    pub(crate) const TCX_INGRESS: u32 = 46;
+    pub(crate) const TCX_EGRESS: u32 = 47;
 }
 
 /// Flags of an attachment made without a link, as a query answers them.
@@ -103,6 +105,19 @@ pub(super) fn link_create(
     target: BorrowedFd<'_>,
     attach_type: u32,
 ) -> io::Result<OwnedFd> {
+    link_create_raw(program, raw(target), attach_type)
+}
+
+/// Attaches a program to a device of this process's network namespace by a tcx link.
+pub(super) fn link_create_on_interface(
+    program: BorrowedFd<'_>,
+    interface: u32,
+    attach_type: u32,
+) -> io::Result<OwnedFd> {
+    link_create_raw(program, interface, attach_type)
+}
+
+fn link_create_raw(program: BorrowedFd<'_>, target: u32, attach_type: u32) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Attr {
         program: u32,
@@ -110,7 +125,7 @@ pub(super) fn link_create(
         attach_type: u32,
         flags: u32,
     }
-    let mut attr = Attr { program: raw(program), target: raw(target), attach_type, flags: 0 };
+    let mut attr = Attr { program: raw(program), target, attach_type, flags: 0 };
     // SAFETY: no pointers.
     owned(unsafe { bpf(cmd::LINK_CREATE, &mut attr) }?)
 }
@@ -136,6 +151,8 @@ pub(super) enum LinkTarget {
     Cgroup(u64),
     /// A network namespace's inode; 0 once it is gone.
     Netns(u32),
+    /// A device's number; 0 once it is gone.
+    Interface(u32),
     /// Something that Signet does not make.
     Other,
 }
@@ -150,7 +167,8 @@ pub(super) fn link_target(link: BorrowedFd<'_>) -> io::Result<LinkTarget> {
         id: u32,
         program: u32,
         pad: u32,
-        // cgroup: { id: u64, attach_type: u32 }, netns: { inode: u32, attach_type: u32 }
+        // cgroup: { id: u64, attach_type: u32 }, netns: { inode: u32, attach_type: u32 },
+        // tcx: { interface: u32, attach_type: u32 }
         words: [u32; 4],
     }
     #[repr(C)]
@@ -169,6 +187,7 @@ pub(super) fn link_target(link: BorrowedFd<'_>) -> io::Result<LinkTarget> {
     unsafe { bpf(cmd::OBJ_GET_INFO_BY_FD, &mut attr) }?;
     const CGROUP: u32 = 3;
     const NETNS: u32 = 5;
+    const TCX: u32 = 11;
     Ok(match info.kind {
         CGROUP => LinkTarget::Cgroup(u64::from_ne_bytes(
             [info.words[0].to_ne_bytes(), info.words[1].to_ne_bytes()]
@@ -177,6 +196,7 @@ pub(super) fn link_target(link: BorrowedFd<'_>) -> io::Result<LinkTarget> {
                 .unwrap_or_default(),
         )),
         NETNS => LinkTarget::Netns(info.words[0]),
+        TCX => LinkTarget::Interface(info.words[0]),
         _ => LinkTarget::Other,
     })
 }
@@ -307,7 +327,6 @@ pub(super) fn own_ancestor_cgroup(level: u32) -> io::Result<u64> {
 
 /// True when the kernel answers queries of a device's tcx programs.
 pub(super) fn has_tcx() -> bool {
-    const TCX_INGRESS: u32 = 46;
     const LOOPBACK: u32 = 1;
     #[repr(C)]
     struct Attr {
@@ -321,7 +340,7 @@ pub(super) fn has_tcx() -> bool {
     }
     let mut attr = Attr {
         interface: LOOPBACK,
-        attach_type: TCX_INGRESS,
+        attach_type: attach::TCX_INGRESS,
         query_flags: 0,
         attach_flags: 0,
         programs: 0,

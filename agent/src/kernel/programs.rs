@@ -1,5 +1,7 @@
 //! Loading, attaching, pinning and replacing the programs.
 
+mod raw_guard;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
@@ -24,9 +26,12 @@ use crate::netns::NetnsFd;
 pub(super) const MAIN_OBJECT: &str = "signet-programs";
 /// Name of the object with the sk_lookup program, for errors.
 const LOOKUP_OBJECT: &str = "signet-lookup";
+/// Name of the object with the raw guard's programs, for errors.
+const GUARD_OBJECT: &str = "signet-guard";
 
 static MAIN: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/programs.o"));
 static LOOKUP: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lookup.o"));
+static GUARD: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/guard.o"));
 
 /// Prefix of the pins of sk_lookup links; the namespace's cookie follows.
 const LOOKUP_PREFIX: &str = "lookup-";
@@ -89,6 +94,9 @@ pub struct Programs {
     waiting: Option<Ebpf>,
     lookup_loader: ObjectLoader,
     lookups: BTreeSet<u64>,
+    /// The raw guard's programs, attached to each device on its own.
+    guard: Ebpf,
+    guarded: BTreeSet<u32>,
     warnings: Vec<String>,
 }
 
@@ -131,6 +139,10 @@ impl Programs {
         for (program, ..) in HOOKS {
             load_program(&mut ebpf, MAIN_OBJECT, program)?;
         }
+        let mut guard = ObjectLoader::new(GUARD, GUARD_OBJECT, pins.maps(), bits).load()?;
+        for program in ["guard_in", "guard_out"] {
+            load_program(&mut guard, GUARD_OBJECT, program)?;
+        }
         let mut programs = Self {
             hierarchy,
             workloads,
@@ -142,6 +154,8 @@ impl Programs {
             waiting: Some(ebpf),
             lookup_loader,
             lookups: BTreeSet::new(),
+            guard,
+            guarded: BTreeSet::new(),
             warnings: Vec::new(),
         };
         if !programs.pins.has_others() {
@@ -529,6 +543,7 @@ fn load_program(
         Program::CgroupSkb(p) => p.load(),
         Program::SockOps(p) => p.load(),
         Program::SkLookup(p) => p.load(),
+        Program::SchedClassifier(p) => p.load(),
         _ => return Err(KernelError::Missing { object, name }),
     };
     loaded.map_err(|source| KernelError::Program { program: name, source: Box::new(source) })

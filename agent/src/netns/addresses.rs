@@ -18,21 +18,32 @@ const ATTEMPTS: u32 = 3;
 /// More addresses than this are not looked at: a pod may give itself any number.
 const MAX_ADDRESSES: usize = 64;
 
-/// The addresses of global scope, in the kernel's order, over a `NETLINK_ROUTE` socket made
-/// in the namespace.
+/// A network namespace's addresses, in the kernel's order.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Addresses {
+    /// Of global scope.
+    pub global: Vec<IpAddr>,
+    /// That mean something on one link only.
+    pub link_local: Vec<IpAddr>,
+}
+
+/// Reads the addresses over a `NETLINK_ROUTE` socket made in the namespace.
 ///
 /// # Errors
 /// Of the socket, or where the dump keeps changing.
-pub fn global(socket: BorrowedFd<'_>) -> io::Result<Vec<IpAddr>> {
+pub fn read(socket: BorrowedFd<'_>) -> io::Result<Addresses> {
     let request = request();
     for _ in 0..ATTEMPTS {
-        let mut found = Vec::new();
+        let mut found = Addresses::default();
         let whole = netlink::exchange(socket, &request, |payload| {
-            if let Some(ip) = address_of(payload)
-                && found.len() < MAX_ADDRESSES
-                && !found.contains(&ip)
-            {
-                found.push(ip);
+            let Some((ip, scope)) = address_of(payload) else { return };
+            let list = match scope {
+                AddressScope::Universe => &mut found.global,
+                AddressScope::Link => &mut found.link_local,
+                _ => return,
+            };
+            if list.len() < MAX_ADDRESSES && !list.contains(&ip) {
+                list.push(ip);
             }
         })?;
         if whole {
@@ -54,23 +65,21 @@ fn request() -> Vec<u8> {
     bytes
 }
 
-/// The address in an `RTM_NEWADDR`, when it is of global scope.
-fn address_of(payload: &[u8]) -> Option<IpAddr> {
+/// The address in an `RTM_NEWADDR`, and its scope.
+fn address_of(payload: &[u8]) -> Option<(IpAddr, AddressScope)> {
     let message = AddressMessage::parse(payload).ok()?;
-    if message.header.scope != AddressScope::Universe {
-        return None;
-    }
     // IFA_LOCAL is the own one on point-to-point links, where IFA_ADDRESS is the peer's.
     let local = message.attributes.iter().find_map(|a| match a {
         AddressAttribute::Local(ip) => Some(*ip),
         _ => None,
     });
-    local.or_else(|| {
+    let address = local.or_else(|| {
         message.attributes.iter().find_map(|a| match a {
             AddressAttribute::Address(ip) => Some(*ip),
             _ => None,
         })
-    })
+    });
+    Some((address?, message.header.scope))
 }
 
 #[cfg(test)]
@@ -87,7 +96,7 @@ mod tests {
         let opener = NetnsOpener::start().unwrap();
         let here = Arc::new(NetnsFd::of_this_process().unwrap());
         let socket = opener.netlink(&here, libc::NETLINK_ROUTE as isize).await.unwrap();
-        let found = global(socket.as_fd()).unwrap();
+        let found = read(socket.as_fd()).unwrap().global;
         assert!(!found.iter().any(IpAddr::is_loopback), "{found:?}");
         // What the kernel itself lists: every one of ours is in there.
         let fib = std::fs::read_to_string("/proc/net/fib_trie").unwrap();

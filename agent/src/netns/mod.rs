@@ -5,6 +5,7 @@
 //! [`NetnsOpener`] owns the only thread of the process that calls `setns`.
 
 pub mod addresses;
+pub mod links;
 pub mod netlink;
 mod opener;
 

@@ -33,7 +33,9 @@ pub const fn drop_reason(reason: Reason) -> Option<flow::DropReason> {
         Reason::IdentityMismatch | Reason::UntrustedPeer => D::InvalidIdentity,
         Reason::PodUnregistered => D::DropEpNotReady,
         Reason::SvidMissing | Reason::SvidExpired | Reason::HandshakeFailed => D::AuthRequired,
-        Reason::WrongDestination | Reason::ProtocolError => D::InvalidPacketDropped,
+        Reason::WrongDestination | Reason::ProtocolError | Reason::RawPacket => {
+            D::InvalidPacketDropped
+        }
         Reason::PeerUnreachable | Reason::AppUnreachable => D::ServiceBackendNotFound,
         Reason::SourceNotPreserved => D::InvalidSourceIp,
         Reason::MapFull => D::CtMapInsertionFailed,

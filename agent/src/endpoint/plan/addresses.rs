@@ -40,7 +40,7 @@ impl Planner<'_> {
 
     /// A pod's address is its own unless the API gives it to another pod that lives: a pod
     /// may put any address on its interface.
-    fn may_have(&self, ip: IpAddr, pod: &Pod) -> bool {
+    pub(super) fn may_have(&self, ip: IpAddr, pod: &Pod) -> bool {
         let world = self.input.world;
         let Some(holder) = world.pods_by_ip.get(&ip) else { return true };
         if *holder == pod.uid || pod.ips.contains(&ip) {

@@ -35,6 +35,10 @@ pub struct Params {
     /// What never changes while the agent runs, and the live keys of the configuration; the
     /// revision, the ranges and whether something is enforced are filled in.
     pub config: Config,
+    /// Protocols besides TCP and UDP are refused.
+    pub deny_other: bool,
+    /// How raw guards are attached; `None`: not at all.
+    pub raw_guard: Option<&'static str>,
     /// Namespaces whose pods are never refused anything.
     pub never_deny: BTreeSet<Arc<str>>,
     /// How long an un-enrolled pod may go on serving.
@@ -54,6 +58,10 @@ pub struct ObservedPod {
     pub cgroup_path: Arc<str>,
     /// Addresses of global scope in its network namespace; not empty.
     pub addresses: Vec<IpAddr>,
+    /// Addresses of link scope.
+    pub link_local: Vec<IpAddr>,
+    /// The node's ends of its links: interface numbers.
+    pub host_ends: Vec<u32>,
     /// Its outbound listeners, once they are handed over.
     pub listeners: Option<OutboundPorts>,
     /// Why its listeners could not be opened.
@@ -319,6 +327,7 @@ impl<'a> Planner<'a> {
         let policies: Arc<[Arc<Policy>]> =
             if judged { self.input.world.policies_of(pod).into() } else { Arc::default() };
         self.own_rows(pod, found, netns, mode, phase, number, ports);
+        let raw_guard = self.guard(pod, found, mode);
         if judged {
             for exempt in pod.exempt_ports.iter() {
                 let key =
@@ -339,6 +348,7 @@ impl<'a> Planner<'a> {
                 cgroup_path: found.cgroup_path.clone(),
                 cgroup: found.cgroup,
                 policies,
+                raw_guard,
                 default_deny: judged && namespace.is_some_and(|n| n.default_deny),
                 listener4: ports.v4,
                 listener6: (ports.v6, ports.v6_count()),
@@ -346,6 +356,25 @@ impl<'a> Planner<'a> {
                 since: found.since,
             },
         );
+    }
+
+    /// The raw guard of an enforced pod: on every link that leads to it, or none, and said.
+    fn guard(&mut self, pod: &Pod, found: &ObservedPod, mode: Mode) -> Option<&'static str> {
+        let kind = self.input.params.raw_guard.filter(|_| mode.is_enforced())?;
+        if found.host_ends.is_empty() {
+            self.problems.push(Problem {
+                subject: subject(&pod.name),
+                message: "raw-guard: none: no veth of the node leads to it, so a packet socket \
+                          in it is not stopped here; drop NET_RAW from its containers, and set \
+                          rawGuard to false to accept that"
+                    .into(),
+            });
+            return None;
+        }
+        let netns = found.key.netns;
+        self.tables.guarded.extend(found.host_ends.iter().map(|interface| (*interface, netns)));
+        self.tables.config.guarding = 1;
+        Some(kind)
     }
 
     /// What the last process left in the kernel: enforced pods are closed until their
@@ -416,6 +445,9 @@ impl<'a> Planner<'a> {
         if phase.is_ready() {
             flags |= pod::READY;
         }
+        if self.input.params.deny_other {
+            flags |= pod::DENY_OTHER;
+        }
         let closed = self.input.closed.contains(&netns)
             || (mode.is_enforced() && !self.input.full.is_empty());
         if closed {
@@ -444,7 +476,10 @@ impl<'a> Planner<'a> {
         };
         self.tables.pods.insert(netns, entry);
         self.tables.cgroups.insert(found.cgroup, netns);
-        for ip in &found.addresses {
+        // A pod may put any address on its interface: another pod's is not its own.
+        let own: Vec<IpAddr> =
+            found.addresses.iter().copied().filter(|ip| self.may_have(*ip, pod)).collect();
+        for ip in own.iter().chain(&found.link_local) {
             self.tables.own.insert(OwnAddressKey { netns, ip: Ip::from_std(*ip) }, 1);
         }
     }

@@ -34,6 +34,8 @@ impl Scene {
             },
             observed: Observed::default(),
             params: Params {
+                deny_other: false,
+                raw_guard: Some("tcx"),
                 node: NODE.into(),
                 config: Config {
                     host_netns: 1,
@@ -120,6 +122,8 @@ impl Scene {
                 cgroup: netns * 10,
                 cgroup_path: format!("/kubepods/pod{uid}").into(),
                 addresses: vec![ip.parse().unwrap()],
+                link_local: Vec::new(),
+                host_ends: vec![u32::try_from(netns).unwrap()],
                 listeners: None,
                 listeners_failed: None,
                 open_flows: 0,
@@ -548,4 +552,67 @@ proptest! {
             }
         }
     }
+}
+
+/// One strict pod that is ready, in the network namespace 1.
+fn strict_pod(scene: &mut Scene) -> PodUid {
+    scene.namespace("shop", Mode::Strict);
+    let uid = scene.pod("shop", "a", NODE, "10.0.0.1");
+    scene.found(&uid, 1, "10.0.0.1");
+    scene.ready(&uid);
+    uid
+}
+
+#[test]
+fn enforced_pods_are_guarded_at_every_end_of_their_links() {
+    let mut scene = Scene::new();
+    let strict = strict_pod(&mut scene);
+    scene.namespace("watch", Mode::Observe);
+    let observed = scene.pod("watch", "b", NODE, "10.0.0.2");
+    scene.found(&observed, 2, "10.0.0.2");
+    scene.observed.pods.get_mut(&strict).unwrap().host_ends = vec![7, 9];
+    let plan = scene.plan();
+    assert_eq!(plan.tables.guarded, HashMap::from([(7, 1), (9, 1)]));
+    assert_eq!(plan.tables.config.guarding, 1);
+    assert_eq!(plan.state.endpoints[&1].raw_guard, Some("tcx"));
+    assert_eq!(plan.state.endpoints[&2].raw_guard, None);
+    let told = |plan: &Plan| plan.state.problems.iter().any(|p| p.message.contains("raw-guard"));
+    assert!(!told(&plan));
+
+    // Without a veth it is said; told not to guard, it is not.
+    scene.observed.pods.get_mut(&strict).unwrap().host_ends.clear();
+    let plan = scene.plan();
+    assert!(plan.tables.guarded.is_empty() && plan.tables.config.guarding == 0);
+    assert!(told(&plan));
+    scene.params.raw_guard = None;
+    assert!(!told(&scene.plan()));
+}
+
+#[test]
+fn another_pods_address_on_the_interface_is_not_its_own() {
+    let mut scene = Scene::new();
+    let thief = strict_pod(&mut scene);
+    scene.pod("shop", "victim", "node-2", "10.0.0.9");
+    let stolen = OwnAddressKey { netns: 1, ip: ip("10.0.0.9") };
+    let link_local = OwnAddressKey { netns: 1, ip: ip("fe80::1") };
+    let found = scene.observed.pods.get_mut(&thief).unwrap();
+    found.addresses.push("10.0.0.9".parse().unwrap());
+    found.link_local.push("fe80::1".parse().unwrap());
+    let plan = scene.plan();
+    assert!(!plan.tables.own.contains_key(&stolen));
+    assert!(plan.tables.own.contains_key(&link_local));
+    // The control: an address that nobody has is its own.
+    let found = scene.observed.pods.get_mut(&thief).unwrap();
+    found.addresses[1] = "10.0.0.8".parse().unwrap();
+    let free = OwnAddressKey { netns: 1, ip: ip("10.0.0.8") };
+    assert!(scene.plan().tables.own.contains_key(&free));
+}
+
+#[test]
+fn other_protocols_are_refused_where_the_configuration_says_so() {
+    let mut scene = Scene::new();
+    strict_pod(&mut scene);
+    assert_eq!(scene.plan().tables.pods[&1].flags & pod::DENY_OTHER, 0);
+    scene.params.deny_other = true;
+    assert_ne!(scene.plan().tables.pods[&1].flags & pod::DENY_OTHER, 0);
 }

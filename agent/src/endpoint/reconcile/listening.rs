@@ -162,6 +162,29 @@ impl Reconciler {
         }
     }
 
+    /// Guards are attached before their rows are written: without a row they pass everything.
+    pub(super) fn attach_guards(&mut self, plan: &Plan) {
+        let mut failed = Vec::new();
+        for interface in plan.tables.guarded.keys() {
+            if let Err(error) = self.deps.programs.attach_guard(*interface) {
+                failed.push(error);
+            }
+        }
+        for error in failed {
+            self.fail("raw guard", &error);
+        }
+    }
+
+    pub(super) fn detach_guards(&mut self, plan: &Plan) {
+        for interface in self.deps.programs.guarded() {
+            if !plan.tables.guarded.contains_key(&interface)
+                && let Err(error) = self.deps.programs.detach_guard(interface)
+            {
+                self.fail("raw guard", &error);
+            }
+        }
+    }
+
     pub(super) fn detach_lookups(&mut self, plan: &Plan) {
         for cookie in self.deps.programs.pinned_lookups() {
             if !plan.lookups.contains(&cookie)

@@ -35,7 +35,7 @@ use super::{
 use crate::{
     cluster::model::{Pod, PodUid, Problem, World},
     config::AgentConfig,
-    kernel::{KernelError, Maps, Programs},
+    kernel::{KernelError, Maps, Programs, clock},
     netns::NetnsOpener,
     policy::compile::PolicyEntry,
     spiffe::SpiffeId,
@@ -187,6 +187,8 @@ impl Reconciler {
         let inherited = applied.pods.iter().map(|(n, e)| (*n, Mode::from_u8(e.mode))).collect();
         apply::close_all(&mut deps.maps, &mut applied).map_err(ReconcileError::Inherit)?;
         sweep::forget_revisions(&mut deps.maps).map_err(ReconcileError::Inherit)?;
+        sweep::forget_tunnels(&mut deps.maps, clock::monotonic())
+            .map_err(ReconcileError::Inherit)?;
         let rows = deps.maps.identities.rows().map_err(ReconcileError::Inherit)?;
         let programs = &deps.programs;
         let discovery = Discovery::new(
@@ -278,6 +280,7 @@ impl Reconciler {
         plan.keep.extend(self.still_there(&observed, &plan));
         plan.tables.keep(&self.applied, &plan.keep);
         self.attach_lookups(&plan);
+        self.attach_guards(&plan);
 
         let before_policies = self.applied.policies.clone();
         let before_addresses = self.applied.addresses.clone();
@@ -300,6 +303,7 @@ impl Reconciler {
         self.announce(&plan);
         self.stop_listeners(&plan)?;
         self.detach_lookups(&plan);
+        self.detach_guards(&plan);
         for key in self.close_flows(&plan, &before_policies, &before_addresses).await {
             // As if it were not registered yet: the next plan closes them again.
             plan.memory.remove(&key);
@@ -367,6 +371,8 @@ impl Reconciler {
                 cgroup: found.cgroup.id,
                 cgroup_path: found.cgroup.name.to_string_lossy().into(),
                 addresses: found.addresses.clone(),
+                link_local: found.link_local.clone(),
+                host_ends: found.host_ends.clone(),
                 listeners,
                 listeners_failed,
                 open_flows: (self.deps.open_flows)(&key),
@@ -496,6 +502,8 @@ fn params(config: &AgentConfig, programs: &Programs, workloads_level: u32) -> Pa
             ),
             ..Config::default()
         },
+        deny_other: config.other_protocols == crate::config::values::OtherProtocols::Deny,
+        raw_guard: config.raw_guard.then(|| programs.guard_kind()),
         never_deny: config.never_deny.iter().map(|n| n.as_str().into()).collect(),
         unenrol_grace: config.unenrol_grace,
         strict_grace: config.strict_grace,

@@ -273,6 +273,7 @@ impl Setup {
             cgroup_path: "/".into(),
             cgroup: 1,
             policies: self.policies.clone().into(),
+            raw_guard: None,
             default_deny: false,
             listener4: 20_001,
             listener6: (20_010, 4),

@@ -5,6 +5,7 @@ mod egress;
 mod features;
 mod metrics;
 mod modes;
+mod raw_guard;
 mod refusals;
 mod restart;
 mod rights;
