@@ -27,7 +27,10 @@ use crate::{
         reconcile,
         state::{NodeState, NodeStatePublisher},
     },
-    flow,
+    flow::{
+        self,
+        edges::{EdgesFile, keep},
+    },
     kernel::{
         self, Counters, FlowSockets, KernelConfig, KernelError, Programs, cgroup::Hierarchy,
         features,
@@ -251,10 +254,16 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     let socket = AdminSocket::bind(&config.run_dir)?;
     let workload_socket = workload_api::bind(&config.workload_socket())?;
 
-    let (recorder, collector) = flow::start(flow::Limits::default());
+    let history = EdgesFile::new(&config.state_dir);
+    let edges = history.load(started).unwrap_or_else(|error| {
+        tracing::error!(%error, "the history of flows is not read");
+        flow::Edges::default()
+    });
+    let (recorder, collector) = flow::start(flow::Limits::default(), edges.clone());
     let log = recorder.log();
-    let stop = CancellationToken::new();
+    let (stop, ended) = (CancellationToken::new(), CancellationToken::new());
     let mut following = identity.follow(stop.clone());
+    let mut remembering = tokio::spawn(keep(edges.clone(), history, ended.clone()));
     let mut metrics = Metrics::default();
     let svid_metrics = SvidMetrics::register(&mut metrics);
     let svid_params =
@@ -328,6 +337,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         config: live_config.clone(),
         losses: losses.clone(),
         log: log.clone(),
+        edges: edges.clone(),
         workloads,
         foreign_bundles,
         metrics: metrics_problems,
@@ -378,13 +388,12 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         losses,
         any_errno,
     ));
-    let routes =
-        Routes::new(Admin::new(Arc::new(move || picture.take()), log.clone()).into_service())
-            .add_service(
-                Observer::new(log, config.node.as_str().into(), domain.as_str().into())
-                    .into_service(),
-            );
-    let ended = CancellationToken::new();
+    let routes = Routes::new(
+        Admin::new(Arc::new(move || picture.take()), log.clone(), edges).into_service(),
+    )
+    .add_service(
+        Observer::new(log, config.node.as_str().into(), domain.as_str().into()).into_service(),
+    );
     // The socket answers until the process ends, also while it drains.
     let mut serving = tokio::spawn(socket.serve(routes, ended.clone().cancelled_owned()));
     let mut serving_workloads = tokio::spawn(workload_api.serve(ended.clone().cancelled_owned()));
@@ -409,6 +418,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
             ended = &mut federating => break Err(ended_as("the follower of foreign bundles", joined(ended))),
             ended = &mut recording => break Err(ended_as("the recorder of closed flows", joined(ended))),
             ended = &mut collector => break Err(ended_as("the flow log", joined(ended))),
+            ended = &mut remembering => break Err(ended_as("the history of flows", joined(ended))),
             ended = &mut measuring => break Err(ended_as("the metrics' server", joined(ended))),
             ended = &mut following => break Err(ended_as("the authority's follower", joined(ended))),
             () = svids.ended() => break Err(ended_as("the SVID manager", "its task is gone".into())),
@@ -439,6 +449,9 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         plane.drain(DRAIN).await;
     }
     ended.cancel();
+    if !remembering.is_finished() {
+        let _ = tokio::time::timeout(DRAIN, &mut remembering).await;
+    }
     if !serving.is_finished() {
         let _ = tokio::time::timeout(DRAIN, &mut serving).await;
     }

@@ -44,11 +44,12 @@ impl Node {
     fn start(inputs: StatusInputs) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = AdminSocket::bind(dir.path()).unwrap();
-        let (recorder, collector) = flow::start(Limits::default());
+        let edges = flow::Edges::default();
+        let (recorder, collector) = flow::start(Limits::default(), edges.clone());
         tokio::spawn(collector.run());
         let log = recorder.log();
         let observer = Observer::new(log.clone(), inputs.node.clone(), "cluster.local".into());
-        let admin = Admin::new(Arc::new(move || inputs.clone()), log);
+        let admin = Admin::new(Arc::new(move || inputs.clone()), log, edges);
         let routes = Routes::new(observer.into_service()).add_service(admin.into_service());
         tokio::spawn(async move { socket.serve(routes, std::future::pending()).await.unwrap() });
         Self { dir, recorder }

@@ -1,16 +1,18 @@
-//! The agent's own service on its admin socket: status, endpoints and SVIDs.
+//! The agent's own service on its admin socket: status, endpoints, SVIDs, history of flows.
 //!
 //! The daemon provides [`StatusInputs`], a plain picture of the moment; everything else
 //! here is pure.
 
+pub mod edges;
 pub mod endpoints;
 pub mod inputs;
 pub mod socket;
 pub mod status;
 pub mod svids;
 
-use std::sync::Arc;
+use std::{pin::Pin, sync::Arc};
 
+use futures_util::Stream;
 use jiff::Timestamp;
 use tonic::{Request, Response, Status};
 
@@ -18,10 +20,10 @@ pub use self::inputs::{
     DropCount, EnforcementState, IssuerFacts, KernelFacts, StatusInputs, SvidFacts, SvidState,
 };
 use crate::{
-    flow::FlowLog,
+    flow::{Edges, FlowLog},
     proto::admin::{
-        EndpointsRequest, EndpointsResponse, ListSvidsRequest, ListSvidsResponse, StatusRequest,
-        StatusResponse,
+        EndpointsRequest, EndpointsResponse, ListEdgesRequest, ListEdgesResponse, ListSvidsRequest,
+        ListSvidsResponse, StatusRequest, StatusResponse,
         admin_server::{self, AdminServer},
     },
 };
@@ -34,12 +36,13 @@ pub type Provider = Arc<dyn Fn() -> StatusInputs + Send + Sync>;
 pub struct Admin {
     provider: Provider,
     log: FlowLog,
+    edges: Edges,
 }
 
 impl Admin {
-    /// An admin service over what `provider` sees.
-    pub fn new(provider: Provider, log: FlowLog) -> Self {
-        Self { provider, log }
+    /// An admin service over what `provider` sees, the recent flows and their history.
+    pub fn new(provider: Provider, log: FlowLog, edges: Edges) -> Self {
+        Self { provider, log, edges }
     }
 
     /// The service, ready to be routed.
@@ -57,6 +60,18 @@ impl Admin {
 
 #[tonic::async_trait]
 impl admin_server::Admin for Admin {
+    type ListEdgesStream = Pin<Box<dyn Stream<Item = Result<ListEdgesResponse, Status>> + Send>>;
+
+    async fn list_edges(
+        &self,
+        request: Request<ListEdgesRequest>,
+    ) -> Result<Response<Self::ListEdgesStream>, Status> {
+        let request = request.into_inner();
+        let node = self.inputs().await?.node;
+        let parts = edges::assemble(&self.edges, &node, &request);
+        Ok(Response::new(Box::pin(futures_util::stream::iter(parts.into_iter().map(Ok)))))
+    }
+
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
         let inputs = self.inputs().await?;
         let status = status::assemble(&inputs, &self.log.totals(), Timestamp::now());

@@ -347,7 +347,7 @@ impl<W: Write> Printer<W> {
 }
 
 /// A time, or how long ago.
-fn parse_time(s: &str) -> Result<Timestamp, String> {
+pub(super) fn parse_time(s: &str) -> Result<Timestamp, String> {
     if let Ok(time) = s.parse::<Timestamp>() {
         return Ok(time);
     }

@@ -8,6 +8,7 @@ mod fetch;
 mod filters;
 mod flow_lines;
 mod flows;
+mod rollout;
 mod sockets;
 mod status;
 mod svid;
@@ -33,6 +34,7 @@ Examples:
   signet status
   signet endpoints shop/payments-5b7f
   signet svid list
+  signet rollout check shop --to strict
 
 Exit codes: 0 done or yes; 1 the answer is no; 2 usage; 3 bad input; 4 agent unreachable;
 5 not permitted; 6 this host cannot; 70 a bug."
@@ -55,6 +57,9 @@ enum Command {
     Status(status::StatusArgs),
     /// Show the pods of this node: mode, identity, policies, drops.
     Endpoints(endpoints::EndpointsArgs),
+    /// Say what a change would break, before it is made.
+    #[command(subcommand)]
+    Rollout(rollout::RolloutCommand),
     /// Show the agent's SVIDs, or fetch one's own inside a pod.
     #[command(subcommand)]
     Svid(svid::SvidCommand),
@@ -107,6 +112,7 @@ fn run(
         }
         Command::Status(args) => client(status::run(args)),
         Command::Endpoints(args) => client(endpoints::run(args)),
+        Command::Rollout(command) => client(rollout::run(command)),
         Command::Svid(command) => client(svid::run(command)),
     }
 }
@@ -178,7 +184,13 @@ mod tests {
     fn an_agent_that_nobody_serves_is_unreachable() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("agent.sock");
-        let commands: [&[&str]; 4] = [&["flows"], &["status"], &["endpoints"], &["svid", "list"]];
+        let commands: [&[&str]; 5] = [
+            &["flows"],
+            &["status"],
+            &["endpoints"],
+            &["svid", "list"],
+            &["rollout", "check", "shop", "--to", "strict"],
+        ];
         for command in commands {
             let arguments = [command, &["--socket", socket.to_str().unwrap()]].concat();
             let failure = exit_of(&arguments).unwrap_err();

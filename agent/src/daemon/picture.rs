@@ -17,7 +17,7 @@ use crate::{
     cluster::model::{Problem, World},
     config::{AgentConfig, values::Enforcement},
     endpoint::{reconcile::KernelReport, state::NodeStateHandle},
-    flow::{FlowLog, LostCause, Recorder},
+    flow::{Edges, FlowLog, LostCause, Recorder},
     kernel::Counters,
     proxy::DataPlaneHandle,
     spiffe::TrustDomain,
@@ -45,6 +45,7 @@ pub(super) struct Picture {
     pub(super) config: watch::Receiver<Arc<AgentConfig>>,
     pub(super) losses: Arc<Losses>,
     pub(super) log: FlowLog,
+    pub(super) edges: Edges,
     pub(super) workloads: WorkloadApiHandle,
     pub(super) foreign_bundles: watch::Receiver<Failures>,
     /// Why metrics are not served, if they are not.
@@ -169,6 +170,7 @@ impl Picture {
         self.losses.tell();
         let mut all = self.counters();
         all.extend(self.log.totals().readings());
+        all.extend(self.edges.readings());
         let mut drops = BTreeMap::<&str, u64>::new();
         for (key, count) in self.counters.drops().unwrap_or_default() {
             let reason = Reason::from_u16(key.reason).unwrap_or(Reason::Internal);

@@ -1,8 +1,10 @@
 //! Flow records: what was decided, kept and merged.
 //!
 //! Whoever decides a flow hands a [`record::FlowRecord`] to a [`Recorder`]; the
-//! [`Collector`] moves it into the ring, from which a [`FlowLog`] answers.
+//! [`Collector`] moves it into the ring, from which a [`FlowLog`] answers, and counts it in
+//! the history ([`edges`]).
 
+pub mod edges;
 #[cfg(test)]
 pub(crate) mod example;
 pub mod kernel_events;
@@ -12,5 +14,6 @@ pub mod record;
 pub mod recorder;
 pub mod ring;
 
+pub use edges::Edges;
 pub use record::{FlowEvent, FlowRecord, KnownBy, Party, Reporter, Via};
 pub use recorder::{Collector, FlowLog, Followed, Follower, Limits, LostCause, Recorder, start};

@@ -19,6 +19,7 @@ use signet_ebpf::abi::{Reason, Verdict};
 use tokio::sync::mpsc;
 
 use super::{
+    edges::Edges,
     record::{FlowEvent, FlowRecord},
     ring::Ring,
 };
@@ -93,6 +94,7 @@ pub struct Recorder {
 pub struct Collector {
     queue: mpsc::Receiver<Queued>,
     shared: Arc<Shared>,
+    edges: Edges,
 }
 
 /// Reads the ring.
@@ -169,8 +171,8 @@ impl Totals {
     }
 }
 
-/// Makes a recorder and the collector that serves it.
-pub fn start(limits: Limits) -> (Recorder, Collector) {
+/// Makes a recorder and the collector that serves it, which counts in `edges`, too.
+pub fn start(limits: Limits, edges: Edges) -> (Recorder, Collector) {
     let (tx, rx) = mpsc::channel(limits.queue.max(16));
     let shared = Arc::new(Shared {
         state: Mutex::new(State {
@@ -185,7 +187,7 @@ pub fn start(limits: Limits) -> (Recorder, Collector) {
         drops: Default::default(),
         lost: Default::default(),
     });
-    (Recorder { queue: tx, shared: shared.clone() }, Collector { queue: rx, shared })
+    (Recorder { queue: tx, shared: shared.clone() }, Collector { queue: rx, shared, edges })
 }
 
 impl Recorder {
@@ -238,6 +240,7 @@ impl Collector {
     pub async fn run(mut self) {
         let mut batch = Vec::with_capacity(BATCH);
         while self.queue.recv_many(&mut batch, BATCH).await > 0 {
+            batch.iter().for_each(|queued| self.edges.record(&queued.record));
             let mut state = self.shared.state();
             state.losses.sample(Timestamp::now(), &self.shared.lost);
             for Queued { slot, record } in batch.drain(..) {
@@ -523,7 +526,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_recorded_is_found() {
-        let (recorder, collector) = start(SMALL);
+        let (recorder, collector) = start(SMALL, Edges::default());
         let log = recorder.log();
         recorder.record(allowed());
         recorder.record(denied());
@@ -546,7 +549,7 @@ mod tests {
     /// The collector does not run at all: the worst that a data plane can do to it.
     #[tokio::test]
     async fn a_flood_costs_other_pods_nothing_and_every_loss_is_counted() {
-        let (recorder, collector) = start(SMALL);
+        let (recorder, collector) = start(SMALL, Edges::default());
         let log = recorder.log();
         for _ in 0..1000 {
             recorder.record(allowed());
@@ -569,7 +572,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_last_quarter_of_the_queue_is_for_drops() {
-        let (recorder, _collector) = start(SMALL);
+        let (recorder, _collector) = start(SMALL, Edges::default());
         // Sixteen pods, eight records each: more than the queue holds.
         for n in 0..16 {
             let mut record = allowed();
@@ -586,7 +589,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_follower_gets_each_later_record_once() {
-        let (recorder, collector) = start(SMALL);
+        let (recorder, collector) = start(SMALL, Edges::default());
         let log = recorder.log();
         let collecting = tokio::spawn(collector.run());
         recorder.record(allowed());
@@ -613,7 +616,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_slow_follower_is_told_how_much_it_lost() {
-        let (recorder, collector) = start(Limits::default());
+        let (recorder, collector) = start(Limits::default(), Edges::default());
         let (_, mut follower) = recorder.log().follow(everything()).unwrap();
         let collecting = tokio::spawn(collector.run());
         for n in 0..FOLLOWER_QUEUE as u64 + 500 {

@@ -12,6 +12,7 @@ use signet::{
     cluster::{enrolment::Announcement, manifest},
     config::{ConfigSources, yaml},
     endpoint::identities::Identities,
+    flow::edges,
     observer::{decode, filter::Filters},
     policy::native,
     proto::flow,
@@ -115,6 +116,14 @@ pub const TARGETS: &[Target] = &[
         ],
     },
     Target { name: "flow", run: seen_flow, seeds: &[] },
+    Target {
+        name: "edges",
+        run: edges,
+        seeds: &[
+            b"{\"schema\":\"signet.dev/edges/v1\"}\n{\"reporter\":\"destination\",\"source\":{\"workload\":{\"namespace\":\"shop\",\"account\":\"web\"}},\"destination\":{\"network\":\"10.9.0.0/24\"},\"port\":80,\"protocol\":6,\"via\":\"mtls\",\"verdict\":\"FORWARDED\",\"reason\":\"allowed\",\"count\":2,\"first\":\"2026-08-06T10:12:04.318Z\",\"last\":\"2026-08-06T10:12:05Z\"}\n",
+            b"{\"schema\":\"signet.dev/edges/v1\"}\n{\"reporter\":\"source\",\"source\":\"others\",\"destination\":{\"identity\":\"spiffe://td/a\"}}\n",
+        ],
+    },
     Target { name: "event", run: event, seeds: &[&[0; size_of::<Event>()], b"short"] },
     Target { name: "identity-row", run: identity_row, seeds: &[b"\x0d\x00spiffe://td/a"] },
 ];
@@ -139,6 +148,13 @@ fn spiffe_id(data: &[u8]) -> bool {
         let same = SpiffeId::for_service_account(&id.trust_domain(), namespace, account);
         assert_eq!(same.as_ref(), Ok(&id));
     }
+    true
+}
+
+fn edges(data: &[u8]) -> bool {
+    let Ok(read) = edges::parse(data) else { return false };
+    let written = edges::write(&read).unwrap_or_default();
+    assert_eq!(edges::parse(&written).ok(), Some(read));
     true
 }
 

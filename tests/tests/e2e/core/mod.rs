@@ -9,5 +9,6 @@ mod raw_guard;
 mod refusals;
 mod restart;
 mod rights;
+mod rollout;
 mod udp;
 pub mod workload_api;

@@ -1,0 +1,78 @@
+//! What was seen of a namespace says what would break, also after a restart.
+
+use std::{fs, os::unix::fs::PermissionsExt};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use signet_lab::{agent::Agent, eventually};
+
+use crate::mesh::{Mesh, TCP, TIMEOUT, answered, with_logs};
+
+/// `signet rollout check NS --to MODE`: its exit code and findings.
+fn check(agent: &Agent, namespace: &str, to: &str) -> Result<(i32, Vec<Value>)> {
+    let answer = agent.cli(&["rollout", "check", namespace, "--to", to, "-o", "json"])?;
+    let findings = answer.stdout.lines().map(serde_json::from_str).collect::<Result<_, _>>();
+    Ok((answer.code(), findings.with_context(|| format!("{answer:?}"))?))
+}
+
+#[test]
+fn a_rollout_is_checked_by_what_was_seen_and_survives_a_restart() -> Result<()> {
+    let mesh = Mesh::start(Some("observe"))?;
+    with_logs(&mesh, |mesh| {
+        let agent = mesh.lab.agent("node-2")?;
+        let to = mesh.payments.at(TCP);
+        let (code, findings) = check(agent, "shop", "strict")?;
+        ensure!(code == 1 && findings[0]["kind"] == "unseen", "{findings:?}");
+
+        // The control: what would be tunnelled breaks nothing.
+        answered(&mesh.frontend, to, "enrolled")?;
+        eventually("the enrolled caller was seen", TIMEOUT, || {
+            let (code, findings) = check(agent, "shop", "strict")?;
+            ensure!(code == 0 && findings.is_empty(), "{code}: {findings:?}");
+            Ok(Some(()))
+        })?;
+        for n in 0..3 {
+            answered(&mesh.reports, to, &format!("in clear {n}"))?;
+        }
+        let expected = |agent: &Agent| -> Result<()> {
+            eventually("the caller in clear was seen", TIMEOUT, || {
+                let (code, findings) = check(agent, "shop", "strict")?;
+                ensure!(code == 1 && findings.len() == 1, "{code}: {findings:?}");
+                let finding = &findings[0];
+                let message = finding["message"].as_str().unwrap_or_default();
+                ensure!(
+                    finding["subject"] == format!("legacy/default -> shop/payments:{TCP} tcp")
+                        && finding["kind"] == "verdict"
+                        && finding["count"] == 3
+                        && message.contains("plaintext_refused")
+                        && message.contains("enrol the namespace legacy first"),
+                    "{finding}"
+                );
+                Ok(Some(()))
+            })
+        };
+        expected(agent)?;
+        let (code, findings) = check(agent, "shop", "permissive")?;
+        ensure!(code == 0 && findings.is_empty(), "permissive takes it: {findings:?}");
+        let text = agent.cli(&["rollout", "check", "shop", "--to", "strict"])?;
+        ensure!(text.code() == 1 && text.stdout.contains("(3 flows, the last "), "{text:?}");
+        let later = agent.cli(&["rollout", "check", "shop", "--to", "strict", "--since", "0s"])?;
+        ensure!(later.code() == 1 && later.stdout.contains("nothing was seen"), "{later:?}");
+
+        // It is on disk when the agent ends, and damage is no reason not to start.
+        ensure!(agent.stop()? == Some(0), "it does not drain");
+        let file = agent.node().state_dir.join("edges.ndjson");
+        let mode = fs::metadata(&file)?.permissions().mode() & 0o7777;
+        ensure!(mode == 0o600, "mode {mode:o}");
+        agent.start_ready()?;
+        expected(agent)?;
+        ensure!(agent.stop()? == Some(0), "it does not drain");
+        fs::write(&file, "garbage")?;
+        agent.start_ready()?;
+        ensure!(agent.logged().contains("the history of flows is damaged"), "no warning");
+        ensure!(fs::read_to_string(file.with_extension("ndjson.damaged"))? == "garbage");
+        let (code, findings) = check(agent, "shop", "strict")?;
+        ensure!(code == 1 && findings[0]["kind"] == "unseen", "{findings:?}");
+        Ok(())
+    })
+}
