@@ -21,7 +21,9 @@ use crate::{
         model::{Ranges, World},
     },
     config::{
-        AgentConfig, ConfigError, ConfigSources, Loaded, values::LogFormat, watch::FileChanges,
+        AgentConfig, ConfigError, ConfigSources, Loaded,
+        values::{DefaultAction, LogFormat},
+        watch::FileChanges,
     },
     endpoint::{
         reconcile,
@@ -181,6 +183,7 @@ pub fn run(loaded: Loaded, sources: ConfigSources) -> Result<(), DaemonError> {
     let params = FilesParams {
         ranges: ranges(&config),
         root_namespace: config.root_namespace.as_str().into(),
+        default_deny: config.default_action == DefaultAction::Deny,
         ..FilesParams::new(domain.clone())
     };
     let world = FilesSource::start(&dir, params)?;
@@ -334,7 +337,6 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         counters,
         plane: plane.clone(),
         report: kernel_report,
-        config: live_config.clone(),
         losses: losses.clone(),
         log: log.clone(),
         edges: edges.clone(),

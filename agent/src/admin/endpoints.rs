@@ -13,7 +13,6 @@ use crate::{
     cluster::model::{ModeOrigin, Pod},
     endpoint::state::{EndpointState, NodeState},
     flow::{FlowEvent, FlowLog, FlowRecord, Reporter, Via, recorder::Matches},
-    policy::model::PolicyName,
     proto::{self, admin},
     telemetry::{names, reason},
 };
@@ -104,7 +103,7 @@ fn registered(
         identity: endpoint.identity.as_str().into(),
         identity_number: endpoint.identity_number,
         svid: svid(inputs, endpoint, now),
-        policies: endpoint.policies.iter().map(|p| policy_name(&p.name)).collect(),
+        policies: endpoint.policies.iter().map(|p| p.name.to_string()).collect(),
         default_deny: endpoint.default_deny,
         raw_guard: match endpoint.raw_guard {
             Some(kind) => kind.into(),
@@ -117,11 +116,6 @@ fn registered(
         since: Some(proto::timestamp(endpoint.since)),
         ..of_pod(pod)
     }
-}
-
-/// `Kind/namespace/name`.
-fn policy_name(name: &PolicyName) -> String {
-    format!("{}/{}/{}", name.kind, name.namespace, name.name)
 }
 
 fn svid(

@@ -1,4 +1,5 @@
-//! The agent's own service on its admin socket: status, endpoints, SVIDs, history of flows.
+//! The agent's own service on its admin socket: status, endpoints, SVIDs, policies, history of
+//! flows.
 //!
 //! The daemon provides [`StatusInputs`], a plain picture of the moment; everything else
 //! here is pure.
@@ -6,6 +7,7 @@
 pub mod edges;
 pub mod endpoints;
 pub mod inputs;
+pub mod policies;
 pub mod socket;
 pub mod status;
 pub mod svids;
@@ -19,11 +21,13 @@ use tonic::{Request, Response, Status};
 pub use self::inputs::{
     DropCount, EnforcementState, IssuerFacts, KernelFacts, StatusInputs, SvidFacts, SvidState,
 };
+use self::policies::Unanswered;
 use crate::{
     flow::{Edges, FlowLog},
     proto::admin::{
-        EndpointsRequest, EndpointsResponse, ListEdgesRequest, ListEdgesResponse, ListSvidsRequest,
-        ListSvidsResponse, StatusRequest, StatusResponse,
+        CheckPolicyRequest, CheckPolicyResponse, EndpointsRequest, EndpointsResponse,
+        ListEdgesRequest, ListEdgesResponse, ListPoliciesRequest, ListPoliciesResponse,
+        ListSvidsRequest, ListSvidsResponse, StatusRequest, StatusResponse,
         admin_server::{self, AdminServer},
     },
 };
@@ -95,5 +99,28 @@ impl admin_server::Admin for Admin {
     ) -> Result<Response<ListSvidsResponse>, Status> {
         let inputs = self.inputs().await?;
         Ok(Response::new(svids::assemble(&inputs, Timestamp::now())))
+    }
+
+    async fn list_policies(
+        &self,
+        _: Request<ListPoliciesRequest>,
+    ) -> Result<Response<ListPoliciesResponse>, Status> {
+        let inputs = self.inputs().await?;
+        Ok(Response::new(policies::list(&inputs, &self.log.hits())))
+    }
+
+    async fn check_policy(
+        &self,
+        request: Request<CheckPolicyRequest>,
+    ) -> Result<Response<CheckPolicyResponse>, Status> {
+        let inputs = self.inputs().await?;
+        match policies::answer(&inputs, &request.into_inner()) {
+            Ok(answer) => Ok(Response::new(answer)),
+            Err(error @ Unanswered::Early) => Err(Status::unavailable(error.to_string())),
+            Err(error @ Unanswered::Question(_)) => {
+                Err(Status::invalid_argument(error.to_string()))
+            }
+            Err(error) => Err(Status::failed_precondition(error.to_string())),
+        }
     }
 }

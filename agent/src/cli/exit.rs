@@ -75,6 +75,8 @@ impl Failure {
             Code::InvalidArgument => Exit::Usage,
             Code::PermissionDenied | Code::Unauthenticated => Exit::Denied,
             Code::Unimplemented => Exit::Host,
+            // What the question names is not there.
+            Code::FailedPrecondition => Exit::Input,
             Code::Internal | Code::Unknown => Exit::Bug,
             _ => Exit::Unreachable,
         };

@@ -8,6 +8,7 @@ mod fetch;
 mod filters;
 mod flow_lines;
 mod flows;
+mod policy;
 mod rollout;
 mod sockets;
 mod status;
@@ -33,6 +34,7 @@ Examples:
   signet flows -f -n shop --not --port 53
   signet status
   signet endpoints shop/payments-5b7f
+  signet policy check --from shop/front --to shop/db-0:5432
   signet svid list
   signet rollout check shop --to strict
 
@@ -60,6 +62,9 @@ enum Command {
     /// Say what a change would break, before it is made.
     #[command(subcommand)]
     Rollout(rollout::RolloutCommand),
+    /// Show policies, check them, and ask what they make of a flow.
+    #[command(subcommand)]
+    Policy(policy::PolicyCommand),
     /// Show the agent's SVIDs, or fetch one's own inside a pod.
     #[command(subcommand)]
     Svid(svid::SvidCommand),
@@ -113,6 +118,7 @@ fn run(
         Command::Status(args) => client(status::run(args)),
         Command::Endpoints(args) => client(endpoints::run(args)),
         Command::Rollout(command) => client(rollout::run(command)),
+        Command::Policy(command) => client(policy::run(command)),
         Command::Svid(command) => client(svid::run(command)),
     }
 }
@@ -181,15 +187,57 @@ mod tests {
     }
 
     #[test]
+    fn policies_are_checked_without_an_agent() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("cluster.yaml");
+        let text = "apiVersion: v1
+kind: Namespace
+metadata: {name: shop, labels: {signet.dev/mode: strict}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: db, namespace: shop, uid: u1, labels: {app: db}}
+spec: {serviceAccountName: db, containers: []}
+status: {phase: Running, podIPs: [{ip: 10.0.0.1}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: db, namespace: shop}
+spec: {rules: [{from: [{source: {principals: [cluster.local/ns/shop/sa/front]}}]}]}
+";
+        std::fs::write(&file, text).unwrap();
+        let file = file.to_str().unwrap();
+        let check = |from: &str, to: &str| {
+            exit_of(&["policy", "check", "--from", from, "--to", to, "-f", file])
+        };
+        assert_eq!(check("shop/front", "shop/db:5432").unwrap(), Exit::Done);
+        assert_eq!(check("shop/back", "shop/db:5432").unwrap(), Exit::No);
+        assert_eq!(check("@192.0.2.1", "shop/db:5432").unwrap(), Exit::No);
+        assert_eq!(check("shop/front", "shop/gone:5432").unwrap_err().exit, Exit::Input);
+        assert_eq!(check("shop/front", "shop/db").unwrap_err().exit, Exit::Usage);
+        assert_eq!(exit_of(&["policy", "validate", file]).unwrap(), Exit::Done);
+        let broken = dir.path().join("broken.yaml");
+        std::fs::write(&broken, text.replace("principals", "principal")).unwrap();
+        let broken = broken.to_str().unwrap();
+        assert_eq!(exit_of(&["policy", "validate", file, broken]).unwrap(), Exit::No);
+        let missing = exit_of(&["policy", "validate", "/no/such/file"]).unwrap_err();
+        assert_eq!(missing.exit, Exit::Input);
+        assert!(missing.to_string().contains("/no/such/file"), "{missing}");
+    }
+
+    #[test]
     fn an_agent_that_nobody_serves_is_unreachable() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("agent.sock");
-        let commands: [&[&str]; 5] = [
+        let check = ["policy", "check", "--from", "a/b", "--to", "a/b:1"];
+        let commands: [&[&str]; 7] = [
             &["flows"],
             &["status"],
             &["endpoints"],
             &["svid", "list"],
             &["rollout", "check", "shop", "--to", "strict"],
+            &["policy", "list"],
+            &check,
         ];
         for command in commands {
             let arguments = [command, &["--socket", socket.to_str().unwrap()]].concat();

@@ -8,8 +8,8 @@ use std::{
 
 use super::{
     model::{
-        Endpoint, Namespace, ObjectName, Pod, PodUid, Problem, Ranges, Service, ServicePort,
-        Synced, World,
+        Endpoint, Namespace, ObjectName, Override, Pod, PodUid, Problem, Ranges, Service,
+        ServicePort, Synced, World,
     },
     modes::{LabelMemory, check_namespace, check_pod, mode_name},
     objects::{Objects, PodFacts, ServiceFacts, SliceFacts},
@@ -18,7 +18,7 @@ use super::{
 use crate::{
     policy::{
         istio::PeerAuthentication,
-        model::{Policy, PolicySet},
+        model::{Policy, PolicySet, Rule, Target},
     },
     spiffe::TrustDomain,
     trust::federation::Federation,
@@ -39,6 +39,8 @@ pub struct Surroundings {
     pub peer_authentications: Vec<Arc<PeerAuthentication>>,
     /// The namespace whose Istio objects are the mesh's.
     pub root_namespace: Arc<str>,
+    /// What overrides modes and policies.
+    pub enforcement: Override,
     /// Announcements: pod uid → the node that claims to serve it.
     pub announced: HashMap<PodUid, Arc<str>>,
     /// What the source could not read.
@@ -54,6 +56,11 @@ pub struct Assembler {
 }
 
 impl Assembler {
+    /// One for a cluster whose namespaces allow or deny where their labels do not say.
+    pub fn new(default_deny: bool) -> Self {
+        Self { memory: LabelMemory::new(default_deny) }
+    }
+
     /// The World of these objects, with revision 0.
     pub fn assemble(&mut self, objects: &Objects, around: Surroundings) -> World {
         let mut problems = around.problems;
@@ -86,7 +93,8 @@ impl Assembler {
             .values()
             .flat_map(|s| s.cluster_ips.iter().map(|ip| (*ip, s.name.clone())))
             .collect();
-        let mut policies = around.policies;
+        let mut policies: Vec<_> =
+            around.policies.into_iter().map(|policy| with_targets(policy, &services)).collect();
         policies.sort_by(|a, b| a.name.cmp(&b.name));
         problems.sort_by(|a, b| (&a.subject, &a.message).cmp(&(&b.subject, &b.message)));
         problems.dedup();
@@ -109,6 +117,7 @@ impl Assembler {
                 .collect(),
             policies: Arc::new(PolicySet { policies, carried }),
             peer_authentications,
+            enforcement: around.enforcement,
             ranges: ranges(around.ranges, objects),
             federation: around.federation,
             served,
@@ -259,6 +268,35 @@ fn ranges(configured: Ranges, objects: &Objects) -> Ranges {
         list.dedup();
     }
     ranges
+}
+
+/// The policy with its Services' present addresses.
+fn with_targets(
+    mut policy: Arc<Policy>,
+    services: &BTreeMap<ObjectName, Arc<Service>>,
+) -> Arc<Policy> {
+    if policy.egress.iter().flat_map(Rule::all_peers).all(|peer| peer.services.is_empty()) {
+        return policy;
+    }
+    let filled = Arc::make_mut(&mut policy);
+    for peer in filled.egress.iter_mut().flat_map(|rule| &mut rule.peers) {
+        let mut targets = BTreeSet::new();
+        for (namespace, name) in &peer.services {
+            let name = ObjectName { namespace: namespace.clone(), name: name.clone() };
+            let Some(service) = services.get(&name) else { continue };
+            for port in &service.ports {
+                let at = |ip: IpAddr, number: u16| Target {
+                    ip: ip.to_canonical(),
+                    port: number,
+                    protocol: port.protocol,
+                };
+                targets.extend(service.cluster_ips.iter().map(|ip| at(*ip, port.port)));
+                targets.extend(port.endpoints.iter().map(|e| at(e.ip, e.port)));
+            }
+        }
+        peer.targets = targets.into_iter().collect();
+    }
+    policy
 }
 
 fn services(objects: &Objects) -> BTreeMap<ObjectName, Arc<Service>> {

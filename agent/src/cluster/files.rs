@@ -21,12 +21,13 @@ use super::{
     assemble::{Assembler, Surroundings},
     enrolment::{Announcement, BOARD_DIR},
     manifest::{self, Manifest, Object},
-    model::{Problem, Ranges, Synced, World},
+    model::{Override, Problem, Ranges, Synced, World},
     objects::Objects,
 };
 use crate::{
     config::{
         at_line,
+        values::Enforcement,
         yaml::{Fault, MAX_FILE_BYTES},
     },
     policy::{
@@ -43,6 +44,10 @@ pub const RANGES_FILE: &str = "ranges.yaml";
 /// Name of the file with the trust domains that the cluster federates with.
 pub const FEDERATION_FILE: &str = "federation.yaml";
 
+/// Name of the file that overrides what modes and policies say. It may break without keeping
+/// an agent from starting: what was in force last stays.
+pub const ENFORCEMENT_FILE: &str = "enforcement.yaml";
+
 /// Changes that keep coming are published at the latest after this many quiet times.
 const MAX_DEBOUNCES: u32 = 8;
 /// How soon a watch that was lost is set up again.
@@ -57,6 +62,8 @@ pub struct FilesParams {
     pub ranges: Ranges,
     /// The namespace whose Istio objects are the mesh's.
     pub root_namespace: Arc<str>,
+    /// Where no ALLOW selects and the namespace's label does not say, nothing passes.
+    pub default_deny: bool,
     /// How long the directory must be quiet before it is read; about 30 ms.
     pub debounce: Duration,
 }
@@ -68,6 +75,7 @@ impl FilesParams {
             trust_domain,
             ranges: Ranges::default(),
             root_namespace: ROOT_NAMESPACE.into(),
+            default_deny: false,
             debounce: Duration::from_millis(30),
         }
     }
@@ -307,6 +315,7 @@ struct Directory {
     manifests: Followeds<Manifest>,
     ranges: Followeds<Ranges>,
     federation: Followeds<Arc<Federation>>,
+    enforcement: Followeds<Enforcement>,
     board: Followeds<Announcement>,
     assembler: Assembler,
     /// The directory itself could not be read the last time.
@@ -319,14 +328,16 @@ impl Directory {
     /// Reads a directory for the first time.
     fn open(dir: PathBuf, params: FilesParams) -> Result<(Self, Arc<World>), FilesError> {
         let world = Arc::new(World::empty(params.trust_domain.clone()));
+        let default_deny = params.default_deny;
         let mut directory = Self {
             dir,
             params,
             manifests: BTreeMap::new(),
             ranges: BTreeMap::new(),
             federation: BTreeMap::new(),
+            enforcement: BTreeMap::new(),
             board: BTreeMap::new(),
-            assembler: Assembler::default(),
+            assembler: Assembler::new(default_deny),
             unreadable: None,
             world,
             next_age: 0,
@@ -366,8 +377,10 @@ impl Directory {
         let listed = list(&self.dir)?;
         let (ranges, others): (_, BTreeMap<_, _>) =
             listed.into_iter().partition(|(name, _)| name == RANGES_FILE);
-        let (federation, manifests) =
+        let (federation, others): (_, BTreeMap<_, _>) =
             others.into_iter().partition(|(name, _)| name == FEDERATION_FILE);
+        let (enforcement, manifests) =
+            others.into_iter().partition(|(name, _)| name == ENFORCEMENT_FILE);
         let board = match list(&self.dir.join(BOARD_DIR)) {
             Ok(board) => board,
             Err(error) if error.kind() == io::ErrorKind::NotFound => BTreeMap::new(),
@@ -380,6 +393,9 @@ impl Directory {
             manifest::read(name, text, root)
         });
         update(&mut self.ranges, &self.dir, ranges, age, |_, text| manifest::read_ranges(text));
+        update(&mut self.enforcement, &self.dir, enforcement, age, |_, text| {
+            manifest::read_enforcement(text)
+        });
         let own = &self.params.trust_domain;
         update(&mut self.federation, &self.dir, federation, age, |_, text| {
             federation::read(text, own).map(Arc::new)
@@ -430,6 +446,8 @@ impl Directory {
         problems.extend(self.ranges.values().filter_map(|f| f.fault.as_ref()).map(Self::problem));
         problems
             .extend(self.federation.values().filter_map(|f| f.fault.as_ref()).map(Self::problem));
+        problems
+            .extend(self.enforcement.values().filter_map(|f| f.fault.as_ref()).map(Self::problem));
         problems.extend(self.board.values().filter_map(|f| f.fault.as_ref()).map(Self::problem));
         problems.extend(self.unreadable.iter().map(|error| Problem {
             subject: format!("cluster directory {}", self.dir.display()),
@@ -470,6 +488,11 @@ impl Directory {
             policies: collected.policies,
             peer_authentications: collected.peer_authentications,
             root_namespace: self.params.root_namespace.clone(),
+            enforcement: match self.enforcement.values().next().map(|file| file.good) {
+                None => Override::Absent,
+                Some(Some(word)) => Override::Is(word),
+                Some(None) => Override::Unreadable,
+            },
             announced: claims,
             problems,
             synced: Synced { pods: true, policies: true },

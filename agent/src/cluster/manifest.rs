@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     config::{
-        values::parse_range,
+        values::{Enforcement, parse_range},
         yaml::{self, Fault, Node},
     },
     policy::{
@@ -96,6 +96,36 @@ pub fn read(file: &str, text: &str, root: &str) -> Result<Manifest, Fault> {
         read_document(&place, &document, &mut manifest)?;
     }
     Ok(manifest)
+}
+
+/// Reads every document of a manifest file that is about policy (policies, Namespaces with
+/// their labels, Lists) by itself, for who wants to know all that is wrong with them.
+///
+/// # Errors
+///
+/// Where the file as a whole is no YAML or too large.
+pub fn read_policies(
+    file: &str,
+    text: &str,
+    root: &str,
+) -> Result<Vec<Result<Manifest, Fault>>, Fault> {
+    let place = Place { file, root };
+    let read = |document: &Node| {
+        let mut manifest = Manifest::default();
+        read_document(&place, document, &mut manifest).map(|()| manifest)
+    };
+    let is_about_policy = |document: &&Node| {
+        let text = |field| document.get(field).and_then(|node| node.text().ok());
+        match (text("apiVersion"), text("kind")) {
+            (Some(version), _) if version.starts_with("signet.dev/") => true,
+            (Some(version), _) if version.starts_with(istio::GROUP) => true,
+            (Some("v1"), Some(kind)) => matches!(kind, "Namespace" | "List"),
+            (Some(_), Some(_)) => false,
+            // Not an object at all, which is a fault.
+            _ => true,
+        }
+    };
+    Ok(yaml::parse(text)?.iter().filter(is_about_policy).map(read).collect())
 }
 
 /// What a document is read with.
@@ -228,6 +258,22 @@ fn placed(document: &Node, fault: LabelFault) -> Fault {
     document.fault(fault.message).within(fault.key.as_ref())
 }
 
+/// Reads `enforcement.yaml`.
+///
+/// # Errors
+///
+/// Anything but `enforcement: enforce`, `audit` or `off`.
+pub fn read_enforcement(text: &str) -> Result<Enforcement, Fault> {
+    let missing = "missing; write enforcement: enforce, audit or off";
+    let root = yaml::parse_one(text)?.ok_or_else(|| Fault::new(0, missing))?;
+    let mut found = None;
+    root.known_fields(&["enforcement"], |_, node| {
+        found = Some(Enforcement::parse(node.text()?).map_err(|m| node.fault(m))?);
+        Ok(())
+    })?;
+    found.ok_or_else(|| root.fault(missing).within("enforcement"))
+}
+
 /// Reads `ranges.yaml`.
 pub fn read_ranges(text: &str) -> Result<Ranges, Fault> {
     let mut ranges = Ranges::default();
@@ -335,6 +381,20 @@ status: {phase: Running, podIPs: [{ip: 10.0.0.1}, {ip: fd00::1}]}
         let fault = read_ranges("podRange: []\n").unwrap_err();
         assert_eq!(fault.to_string(), "podRange: unknown field; did you mean podRanges?");
         assert!(read_ranges("podRanges: [10.0.0.1/16]\n").is_err());
+    }
+
+    #[test]
+    fn the_override_of_enforcement_is_one_word() {
+        assert_eq!(read_enforcement("enforcement: audit\n").unwrap(), Enforcement::Audit);
+        assert_eq!(read_enforcement("enforcement: off\n").unwrap(), Enforcement::Off);
+        for (text, wanted) in [
+            ("", "missing; write enforcement: enforce, audit or off"),
+            ("{}", "enforcement: missing; write enforcement: enforce, audit or off"),
+            ("enforcement: no\n", "enforcement: \"no\" is not one of enforce, audit, off"),
+            ("enforcment: audit\n", "enforcment: unknown field; did you mean enforcement?"),
+        ] {
+            assert_eq!(read_enforcement(text).unwrap_err().to_string(), wanted);
+        }
     }
 
     proptest! {

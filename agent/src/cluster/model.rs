@@ -13,6 +13,7 @@ use ipnet::IpNet;
 use signet_ebpf::abi::Mode;
 
 use crate::{
+    config::values::Enforcement,
     policy::{
         istio::PeerAuthentication,
         model::{Policy, PolicySet},
@@ -59,6 +60,8 @@ pub struct World {
     /// PeerAuthentications by name, each with what became of it; pods' modes, exempt and strict
     /// ports already follow them.
     pub peer_authentications: Vec<Arc<PeerAuthentication>>,
+    /// What overrides modes and policies.
+    pub enforcement: Override,
     /// The cluster's address ranges.
     pub ranges: Ranges,
     /// Foreign trust domains and the peers that are dialled there.
@@ -86,6 +89,7 @@ impl World {
             nodes: BTreeMap::new(),
             policies: Arc::default(),
             peer_authentications: Vec::new(),
+            enforcement: Override::Absent,
             ranges: Ranges::default(),
             federation: Arc::default(),
             served: HashMap::new(),
@@ -108,6 +112,7 @@ impl World {
             nodes,
             policies,
             peer_authentications,
+            enforcement,
             ranges,
             federation,
             served,
@@ -124,6 +129,7 @@ impl World {
             && *nodes == other.nodes
             && *policies == other.policies
             && *peer_authentications == other.peer_authentications
+            && *enforcement == other.enforcement
             && *ranges == other.ranges
             && *federation == other.federation
             && *served == other.served
@@ -142,6 +148,18 @@ impl World {
     pub fn pod_at(&self, ip: IpAddr) -> Option<&Arc<Pod>> {
         self.pods.get(self.pods_by_ip.get(&ip.to_canonical())?)
     }
+}
+
+/// The cluster's word over everything that is enforced (DESIGN §10).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Override {
+    /// There is none: the agent's configuration says.
+    #[default]
+    Absent,
+    /// This holds.
+    Is(Enforcement),
+    /// There is one, and nobody can read it: what was in force last stays.
+    Unreadable,
 }
 
 /// Which sources have given a complete list at least once.

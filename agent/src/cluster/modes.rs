@@ -166,11 +166,18 @@ fn unknown_keys<'a>(
 /// Last valid values.
 #[derive(Clone, Debug, Default)]
 pub struct LabelMemory {
+    /// What holds where no label says.
+    default_deny: bool,
     namespaces: HashMap<Arc<str>, (Namespace, ModeOrigin)>,
     pods: HashMap<PodUid, Mode>,
 }
 
 impl LabelMemory {
+    /// For a cluster whose namespaces allow or deny where their labels do not say.
+    pub fn new(default_deny: bool) -> Self {
+        Self { default_deny, ..Self::default() }
+    }
+
     /// The namespace's state under its present labels.
     pub fn namespace(&mut self, facts: &NamespaceFacts) -> (Namespace, ModeOrigin) {
         let last = self.namespaces.get(&facts.name);
@@ -194,7 +201,7 @@ impl LabelMemory {
                 Some(Err(_)) => last.is_some_and(|last| last.allow_pod_override),
             },
             default_deny: match label(DEFAULT).map(parse_default) {
-                None => false,
+                None => self.default_deny,
                 Some(Ok(deny)) => deny,
                 Some(Err(_)) => last.is_none_or(|last| last.default_deny),
             },
@@ -337,6 +344,20 @@ mod tests {
         assert_eq!(ports, [(53, 17), (8443, 6), (9090, 6)]);
         let (kept, _) = memory.namespace(&bad);
         assert_eq!(kept, ns);
+    }
+
+    #[test]
+    fn the_cluster_s_default_holds_where_no_label_says() {
+        for (default, label, wanted) in [
+            (false, None, false),
+            (true, None, true),
+            (true, Some("allow"), false),
+            (false, Some("deny"), true),
+        ] {
+            let mut memory = LabelMemory::new(default);
+            let labels: Vec<_> = label.iter().map(|value| (DEFAULT, *value)).collect();
+            assert_eq!(memory.namespace(&namespace(&labels, &[])).0.default_deny, wanted);
+        }
     }
 
     #[test]

@@ -10,9 +10,12 @@ use std::{
 
 use super::{
     assemble::{Assembler, Surroundings},
-    files::{Collected, FileFault, FilesError, FilesParams, file_fault, read_bounded, unreadable},
+    files::{
+        Collected, ENFORCEMENT_FILE, FEDERATION_FILE, FileFault, FilesError, FilesParams,
+        RANGES_FILE, file_fault, read_bounded, unreadable,
+    },
     manifest::{self, Manifest},
-    model::{Ranges, Synced, World},
+    model::{Override, Ranges, Synced, World},
 };
 use crate::trust::federation::Federation;
 
@@ -73,11 +76,12 @@ impl Manifests {
             policies: collected.policies,
             peer_authentications: collected.peer_authentications,
             root_namespace: params.root_namespace.clone(),
+            enforcement: Override::Absent,
             announced: HashMap::new(),
             problems: Vec::new(),
             synced: Synced { pods: true, policies: true },
         };
-        Assembler::default().assemble(&collected.objects, around)
+        Assembler::new(params.default_deny).assemble(&collected.objects, around)
     }
 }
 
@@ -108,7 +112,7 @@ pub fn files_of(paths: &[PathBuf]) -> Result<Vec<PathBuf>, FilesError> {
             let file = entry.map_err(failed)?.path();
             let ending = file.extension().and_then(|e| e.to_str());
             let name = file.file_name().and_then(|n| n.to_str()).unwrap_or(".");
-            let beside = [super::files::RANGES_FILE, super::files::FEDERATION_FILE];
+            let beside = [RANGES_FILE, FEDERATION_FILE, ENFORCEMENT_FILE];
             if matches!(ending, Some("yaml" | "yml" | "json"))
                 && !name.starts_with('.')
                 && !beside.contains(&name)

@@ -5,7 +5,8 @@ use std::{fmt::Display, net::SocketAddr, path::PathBuf, str::FromStr, time::Dura
 use super::{
     AgentConfig,
     values::{
-        Authority, Enforcement, LogFormat, OtherProtocols, UnknownPods, WhenAgentDead, parse_range,
+        Authority, DefaultAction, Enforcement, LogFormat, OtherProtocols, UnknownPods,
+        WhenAgentDead, parse_range,
     },
     yaml::shorten,
 };
@@ -344,7 +345,7 @@ keys! {
         get(c) vec![c.when_agent_dead.as_str().into()];
     "enforcement" Live false "enforce|audit|off"
         "Overrides everything: audit lets pass what would be dropped and reports it, off touches \
-         nothing."
+         nothing. The cluster's enforcement.yaml goes before it."
         set(c, v) { c.enforcement = Enforcement::parse(one(v)?)?; }
         get(c) vec![c.enforcement.as_str().into()];
     "otherProtocols" Live false "allow|deny"
@@ -371,6 +372,11 @@ keys! {
          as Istio's meshConfig.rootNamespace."
         set(c, v) { c.root_namespace = label(one(v)?, 63)?; }
         get(c) vec![c.root_namespace.clone()];
+    "defaultAction" Restart false "allow|deny"
+        "What becomes of flows to and from enforced pods that no ALLOW selects, in namespaces whose label \
+         signet.dev/default does not say."
+        set(c, v) { c.default_action = DefaultAction::parse(one(v)?)?; }
+        get(c) vec![c.default_action.as_str().into()];
     "podRanges" Restart true "CIDRs"
         "Address ranges of pods: strict refuses an address inside them that nobody knows. The \
          default is what ranges.yaml declares, else what Nodes do (spec.podCIDRs)."

@@ -23,7 +23,9 @@ use std::{
 use ipnet::IpNet;
 
 pub use self::keys::{Apply, KEYS, Key};
-use self::values::{Authority, Enforcement, LogFormat, OtherProtocols, UnknownPods, WhenAgentDead};
+use self::values::{
+    Authority, DefaultAction, Enforcement, LogFormat, OtherProtocols, UnknownPods, WhenAgentDead,
+};
 use self::yaml::{Fault, Node, Value};
 
 /// The agent's configuration, complete and valid.
@@ -57,6 +59,7 @@ pub struct AgentConfig {
     pub raw_guard: bool,
     pub never_deny: Vec<String>,
     pub root_namespace: String,
+    pub default_action: DefaultAction,
     pub pod_ranges: Vec<IpNet>,
     pub service_ranges: Vec<IpNet>,
     pub outside_ranges: Vec<IpNet>,
@@ -114,6 +117,7 @@ impl Default for AgentConfig {
             raw_guard: true,
             never_deny: Vec::new(),
             root_namespace: "istio-system".into(),
+            default_action: DefaultAction::Allow,
             pod_ranges: Vec::new(),
             service_ranges: Vec::new(),
             outside_ranges: Vec::new(),

@@ -110,6 +110,16 @@ words! {
 }
 
 words! {
+    /// What passes where no policy selects.
+    DefaultAction {
+        /// Everything of our own trust domain.
+        Allow = "allow",
+        /// Nothing.
+        Deny = "deny",
+    }
+}
+
+words! {
     /// Cluster-wide override.
     Enforcement {
         /// As labels and policies say.

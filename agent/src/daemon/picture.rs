@@ -7,7 +7,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use signet_ebpf::abi::{Reason, counter};
+use signet_ebpf::abi::{Reason, counter, enforcement};
 use tokio::sync::watch;
 
 use crate::{
@@ -15,7 +15,6 @@ use crate::{
         DropCount, EnforcementState, IssuerFacts, KernelFacts, StatusInputs, SvidFacts, SvidState,
     },
     cluster::model::{Problem, World},
-    config::{AgentConfig, values::Enforcement},
     endpoint::{reconcile::KernelReport, state::NodeStateHandle},
     flow::{Edges, FlowLog, LostCause, Recorder},
     kernel::Counters,
@@ -42,7 +41,6 @@ pub(super) struct Picture {
     pub(super) counters: Counters,
     pub(super) plane: Arc<DataPlaneHandle>,
     pub(super) report: watch::Receiver<KernelReport>,
-    pub(super) config: watch::Receiver<Arc<AgentConfig>>,
     pub(super) losses: Arc<Losses>,
     pub(super) log: FlowLog,
     pub(super) edges: Edges,
@@ -75,6 +73,7 @@ impl Picture {
             }
         };
         self.losses.tell();
+        let state_enforcement = state.enforcement;
         let (wanted_revision, wanted_since) = self.newest.of(self.world.borrow().revision);
         StatusInputs {
             node: self.node.clone(),
@@ -92,10 +91,11 @@ impl Picture {
                 pins: report.pins,
                 probe_cgroups: report.probe_cgroups,
                 fallbacks: report.missing_features,
-                enforcement: match self.config.borrow().enforcement {
-                    Enforcement::Enforce => EnforcementState::Enforce,
-                    Enforcement::Audit => EnforcementState::Audit,
-                    Enforcement::Off => EnforcementState::Off,
+                // As applied: the configuration's, or what overrides it.
+                enforcement: match state_enforcement {
+                    enforcement::ENFORCE => EnforcementState::Enforce,
+                    enforcement::AUDIT => EnforcementState::Audit,
+                    _ => EnforcementState::Off,
                 },
             },
             issuer: IssuerFacts {

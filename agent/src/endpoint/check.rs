@@ -3,6 +3,8 @@
 //!
 //! The tables hold two pods only, source and destination, compiled as the reconciler does.
 
+mod question;
+
 use std::{
     collections::{BTreeSet, HashSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},

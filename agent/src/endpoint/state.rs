@@ -1,6 +1,10 @@
 //! The node's state: what the reconciler has applied, read by proxies, flow, CLI.
 
-use std::{collections::HashMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use arc_swap::ArcSwap;
 use signet_ebpf::abi::Mode;
@@ -28,6 +32,10 @@ pub struct NodeState {
     pub revision: u64,
     /// This node's name.
     pub node: Arc<str>,
+    /// One of [`signet_ebpf::abi::enforcement`]'s: what overrides modes and policies.
+    pub enforcement: u8,
+    /// Namespaces whose pods are never refused anything, besides kube-system.
+    pub never_deny: BTreeSet<Arc<str>>,
     /// The world it was planned from.
     pub world: Arc<World>,
     /// Registered endpoints by network namespace cookie.
@@ -92,6 +100,8 @@ impl NodeState {
         Self {
             revision: 0,
             node,
+            enforcement: signet_ebpf::abi::enforcement::ENFORCE,
+            never_deny: BTreeSet::new(),
             world,
             endpoints: HashMap::new(),
             waiting: Vec::new(),

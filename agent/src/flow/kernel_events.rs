@@ -252,7 +252,7 @@ mod tests {
             namespace: "shop".into(),
             name: "no-ping".into(),
         };
-        let selector = Selector { namespace: None, labels: Default::default() };
+        let selector = Selector::default();
         let policy = Policy { governs_ingress: true, ..Policy::new(name, selector, Action::Deny) };
         NodeState {
             endpoints: HashMap::from([(NETNS, payments)]),

@@ -7,6 +7,7 @@
 pub mod edges;
 #[cfg(test)]
 pub(crate) mod example;
+mod hits;
 pub mod kernel_events;
 pub mod merge;
 pub mod parties;

@@ -6,7 +6,7 @@
 //! records. What finds no place is counted by cause.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     hash::{BuildHasher, RandomState},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -20,10 +20,14 @@ use tokio::sync::mpsc;
 
 use super::{
     edges::Edges,
+    hits::Hits,
     record::{FlowEvent, FlowRecord},
     ring::Ring,
 };
-use crate::telemetry::{metrics::Reading, names, reason};
+use crate::{
+    policy::model::PolicyName,
+    telemetry::{metrics::Reading, names, reason},
+};
 
 /// How much is kept.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -179,6 +183,7 @@ pub fn start(limits: Limits, edges: Edges) -> (Recorder, Collector) {
             ring: Ring::new(limits.flows, limits.drops),
             followers: Vec::new(),
             losses: Losses::default(),
+            hits: Hits::default(),
         }),
         limits,
         slots: (0..SLOTS).map(|_| AtomicU32::new(0)).collect(),
@@ -249,6 +254,7 @@ impl Collector {
                 }
                 let record = Arc::new(record);
                 state.followers.retain(|f| f.offer(&record));
+                state.hits.count(&record);
                 state.ring.push(record);
             }
         }
@@ -290,6 +296,11 @@ impl FlowLog {
         let mut state = self.shared.state();
         state.losses.sample(Timestamp::now(), &self.shared.lost);
         state.losses.since(since)
+    }
+
+    /// How often each policy decided or audited, among the records that arrived.
+    pub fn hits(&self) -> HashMap<PolicyName, u64> {
+        self.shared.state().hits.snapshot()
     }
 
     /// The counts.
@@ -437,6 +448,7 @@ impl Shared {
 
 struct State {
     ring: Ring,
+    hits: Hits,
     losses: Losses,
     followers: Vec<FollowerEntry>,
 }

@@ -24,7 +24,7 @@ use signet_ebpf::abi::{
 
 use super::{
     evaluate::{FlowFacts, Outcome, PeerIdentity, evaluate},
-    model::{Policy, PolicyName, Rule},
+    model::{Peer, Policy, PolicyName, Rule},
 };
 use crate::spiffe::{SpiffeId, TrustDomain};
 
@@ -286,9 +286,13 @@ fn segments(policies: &[Arc<Policy>], direction: Direction) -> Vec<(u16, u16)> {
     for policy in policies {
         for rule in policy.rules(direction) {
             let named = rule.all_destinations().flat_map(|to| to.ports.iter().chain(&to.not_ports));
-            for ports in named {
-                starts.insert(ports.first);
-                if let Some(after) = ports.last.checked_add(1) {
+            let targets = rule.all_peers().flat_map(|peer| &peer.targets);
+            let ranges = named
+                .map(|ports| (ports.first, ports.last))
+                .chain(targets.map(|target| (target.port, target.port)));
+            for (first, last) in ranges {
+                starts.insert(first);
+                if let Some(after) = last.checked_add(1) {
                     starts.insert(after);
                 }
             }
@@ -319,24 +323,26 @@ const MAPPED_BITS: u8 = 96;
 
 /// Partitions addresses by which of the direction's blocks hold them.
 fn classes(policies: &[Arc<Policy>], direction: Direction) -> Classes {
-    let mut blocks: Vec<IpNet> = policies
-        .iter()
-        .flat_map(|policy| policy.rules(direction))
-        .flat_map(Rule::all_peers)
+    let peers =
+        || policies.iter().flat_map(|policy| policy.rules(direction)).flat_map(Rule::all_peers);
+    // What policies tell apart: single blocks, and the addresses of one peer's services that
+    // are there for the same ports.
+    let mut sets: Vec<Vec<IpNet>> = peers()
         .flat_map(|peer| peer.ip_blocks.iter().chain(&peer.not_ip_blocks))
-        .map(IpNet::trunc)
+        .map(|block| vec![block.trunc()])
+        .chain(peers().flat_map(target_sets))
         .collect();
-    blocks.sort();
-    blocks.dedup();
+    sets.sort();
+    sets.dedup();
     // The trie's nodes, outermost first: (bits, first address).
     let mut nodes: BTreeSet<(u8, u128)> = BTreeSet::from([(0, 0)]);
     // The peer's family says at which of the pod's own addresses the flow is.
     let by_family =
         policies.iter().flat_map(|policy| policy.rules(direction)).any(Rule::asks_local_address);
-    if !blocks.is_empty() || by_family {
+    if !sets.is_empty() || by_family {
         // An IPv6 block never holds an IPv4 address, though its prefix may cover `::ffff:0:0/96`.
         nodes.insert((MAPPED_BITS, MAPPED));
-        nodes.extend(blocks.iter().map(node_of));
+        nodes.extend(sets.iter().flatten().map(node_of));
     }
     let nodes: Vec<(u8, u128)> = nodes.into_iter().collect();
     let mut numbers: BTreeMap<(Vec<bool>, bool), u32> = BTreeMap::new();
@@ -347,7 +353,8 @@ fn classes(policies: &[Arc<Policy>], direction: Direction) -> Classes {
     for &(bits, first) in &nodes {
         let Some(address) = own_address(&nodes, bits, first) else { continue };
         let ip = IpAddr::V6(Ipv6Addr::from(address)).to_canonical();
-        let membership: Vec<bool> = blocks.iter().map(|block| block.contains(&ip)).collect();
+        let holds = |set: &Vec<IpNet>| set.iter().any(|block| block.contains(&ip));
+        let membership: Vec<bool> = sets.iter().map(holds).collect();
         let family = by_family && ip.is_ipv4();
         let class = *numbers.entry((membership, family)).or_insert_with(|| {
             if bits == 0 {
@@ -362,6 +369,19 @@ fn classes(policies: &[Arc<Policy>], direction: Direction) -> Classes {
         }
     }
     Classes { rows, representatives }
+}
+
+/// The addresses of a peer's services, those with the same ports together.
+fn target_sets(peer: &Peer) -> Vec<Vec<IpNet>> {
+    let mut ports: BTreeMap<IpAddr, BTreeSet<(u16, u8)>> = BTreeMap::new();
+    for target in &peer.targets {
+        ports.entry(target.ip).or_default().insert((target.port, target.protocol));
+    }
+    let mut sets: BTreeMap<BTreeSet<(u16, u8)>, Vec<IpNet>> = BTreeMap::new();
+    for (ip, ports) in ports {
+        sets.entry(ports).or_default().push(ip.into());
+    }
+    sets.into_values().collect()
 }
 
 fn node_of(block: &IpNet) -> (u8, u128) {

@@ -31,7 +31,9 @@ use std::{net::IpAddr, sync::Arc};
 
 use signet_ebpf::abi::{Direction, Reason, proto};
 
-use super::model::{Action, Condition, Destination, Peer, Policy, Ports, Rule};
+use super::model::{
+    Action, Condition, Destination, Peer, Policy, Ports, Rule, Target, pattern_matches,
+};
 use crate::spiffe::{SpiffeId, TrustDomain};
 
 /// What is known of a flow when it is judged.
@@ -338,6 +340,12 @@ fn peer_matches(
     if in_blocks(&peer.not_ip_blocks) {
         return false;
     }
+    let is_target = |target: &Target| {
+        target.ip == ip && target.port == facts.port && target.protocol == facts.protocol
+    };
+    if !peer.services.is_empty() && !peer.targets.iter().any(is_target) {
+        return false;
+    }
     let Some(id) = identity else {
         // Nobody: positive fields are false, negative ones true.
         return peer.identities.is_empty()
@@ -434,17 +442,6 @@ fn own_names<'a>(facts: &FlowFacts<'a>) -> impl Iterator<Item = &'a TrustDomain>
 fn names_peer_domain(peer: &Peer, domain: &TrustDomain) -> bool {
     peer.identities.iter().any(|pattern| names_domain(pattern, domain))
         || peer.trust_domains.iter().any(|name| **name == *domain.as_str())
-}
-
-/// `*` any, `*suffix` (a leading star goes first), `prefix*`, else exact.
-pub(super) fn pattern_matches(pattern: &str, value: &str) -> bool {
-    if let Some(suffix) = pattern.strip_prefix('*') {
-        return !value.is_empty() && value.ends_with(suffix);
-    }
-    match pattern.strip_suffix('*') {
-        Some(prefix) => value.starts_with(prefix),
-        None => value == pattern,
-    }
 }
 
 /// True when the pattern spells this trust domain out.

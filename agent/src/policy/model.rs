@@ -1,6 +1,6 @@
 //! The one policy model; every source (native, Istio's) is turned into it.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 use signet_ebpf::abi::Direction;
@@ -122,6 +122,12 @@ impl Policy {
         }
     }
 
+    /// Its condition `Accepted`, as Kubernetes objects have it.
+    pub fn accepted(&self) -> Accepted {
+        let nothing = !self.governs_ingress && !self.governs_egress;
+        Accepted::of(&self.remarks, nothing || !self.unsupported.is_empty())
+    }
+
     /// Its rules for the direction.
     pub fn rules(&self, direction: Direction) -> &[Rule] {
         match direction {
@@ -132,18 +138,27 @@ impl Policy {
 }
 
 /// Which pods a policy is about.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Selector {
     /// `None`: every namespace.
     pub namespace: Option<Arc<str>>,
+    /// Patterns of namespaces (as in [`Peer::namespaces`]), any of them; empty: every one.
+    pub among: Vec<Arc<str>>,
     /// All of these labels; empty: every pod.
     pub labels: BTreeMap<Arc<str>, Arc<str>>,
 }
 
 impl Selector {
+    /// Every pod of a namespace.
+    pub fn of(namespace: &str) -> Self {
+        Self { namespace: Some(namespace.into()), ..Self::default() }
+    }
+
     /// True for a pod with these labels in this namespace.
     pub fn selects(&self, namespace: &str, labels: &BTreeMap<Arc<str>, Arc<str>>) -> bool {
         self.namespace.as_deref().is_none_or(|own| own == namespace)
+            && (self.among.is_empty()
+                || self.among.iter().any(|pattern| pattern_matches(pattern, namespace)))
             && self.labels.iter().all(|(key, value)| labels.get(key) == Some(value))
     }
 }
@@ -169,6 +184,31 @@ impl std::fmt::Display for Remark {
         } else {
             write!(f, "{}: {}", self.field, self.message)
         }
+    }
+}
+
+/// A condition `Accepted`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Accepted {
+    /// False where the object as a whole does not do what it asks for.
+    pub status: bool,
+    /// `Accepted`, `PartlyUnderstood` or `NotSupported`.
+    pub reason: &'static str,
+    /// What was not understood, or worth knowing.
+    pub message: String,
+}
+
+impl Accepted {
+    /// Of an object with these remarks; `refused` as a whole.
+    pub fn of(remarks: &[Remark], refused: bool) -> Self {
+        let faults = remarks.iter().any(|remark| remark.is_fault);
+        let reason = match (refused, faults) {
+            (true, _) => "NotSupported",
+            (false, true) => "PartlyUnderstood",
+            (false, false) => "Accepted",
+        };
+        let said: Vec<String> = remarks.iter().map(ToString::to_string).collect();
+        Self { status: !refused, reason, message: said.join("; ") }
     }
 }
 
@@ -205,7 +245,7 @@ impl Rule {
     /// Every peer that it names anywhere.
     pub fn all_peers(&self) -> impl Iterator<Item = &Peer> {
         let conditions = self.when.iter().filter_map(|condition| match condition {
-            Condition::Peer(peer) => Some(peer),
+            Condition::Peer(peer) => Some(&**peer),
             Condition::To(_) | Condition::Local { .. } => None,
         });
         self.peers.iter().chain(conditions)
@@ -239,7 +279,7 @@ pub struct Destination {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Condition {
     /// On the other side.
-    Peer(Peer),
+    Peer(Box<Peer>),
     /// On the destination's port.
     To(Destination),
     /// On the pod's own address: one of `blocks` (empty: any), and none of `not_blocks`.
@@ -271,6 +311,11 @@ pub struct Peer {
     pub trust_domains: Vec<Arc<str>>,
     /// None of these.
     pub not_trust_domains: Vec<Arc<str>>,
+    /// Services (namespace, name) of this cluster: its own addresses and ports, and those of
+    /// the endpoints behind them.
+    pub services: Vec<(Arc<str>, Arc<str>)>,
+    /// What [`Peer::services`] are at present, filled in with the world.
+    pub targets: Vec<Target>,
     /// Only who has no identity (that counts, see [`Rule::unauthenticated`]).
     pub unidentified: bool,
     /// Addresses or ranges.
@@ -291,6 +336,28 @@ impl Peer {
             && self.trust_domains.is_empty()
             && self.not_trust_domains.is_empty()
             && !self.unidentified)
+    }
+}
+
+/// Where a Service is reached: at its own address, or behind it at an endpoint's.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Target {
+    /// The address.
+    pub ip: IpAddr,
+    /// The port there.
+    pub port: u16,
+    /// IP protocol, TCP or UDP.
+    pub protocol: u8,
+}
+
+/// `*` any, `*suffix` (a leading star goes first), `prefix*`, else exact.
+pub fn pattern_matches(pattern: &str, value: &str) -> bool {
+    if let Some(suffix) = pattern.strip_prefix('*') {
+        return !value.is_empty() && value.ends_with(suffix);
+    }
+    match pattern.strip_suffix('*') {
+        Some(prefix) => value.starts_with(prefix),
+        None => value == pattern,
     }
 }
 

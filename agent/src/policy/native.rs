@@ -1,4 +1,4 @@
-//! `IdentityPolicy` (`signet.dev/v1alpha1`) → the model.
+//! `IdentityPolicy` and `ClusterIdentityPolicy` (`signet.dev/v1alpha1`) → the model.
 //!
 //! Strict: a field that nobody reads, an empty list or nothing where a value belongs, a
 //! pattern that could never match are faults of the object, never silently "everybody".
@@ -15,6 +15,9 @@
 //!         - serviceAccounts: [frontend]        # fields are ANDed, values ORed
 //!       ports: [{port: 8080, protocol: TCP}]   # absent: every port
 //! ```
+//!
+//! A ClusterIdentityPolicy has no namespace: its `selector.namespaces` says where it holds
+//! (absent: everywhere), and service accounts and services are written `namespace/name`.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -31,8 +34,10 @@ use crate::{
 
 /// The group and version read here.
 pub const API_VERSION: &str = "signet.dev/v1alpha1";
-/// The kind read here.
+/// The kind of a namespace's policies.
 pub const KIND: &str = "IdentityPolicy";
+/// The kind of the cluster's.
+pub const CLUSTER_KIND: &str = "ClusterIdentityPolicy";
 
 /// Rules of one direction.
 const MAX_RULES: usize = 64;
@@ -51,8 +56,7 @@ const MAX_LABELS: usize = 32;
 ///
 /// The first field that is unknown, missing or holds what it may not.
 pub fn read(object: &Node) -> Result<Policy, Fault> {
-    let mut name = None;
-    let mut spec = None;
+    let (mut kind, mut metadata, mut spec) = (None, None, None);
     fields(
         object,
         &["apiVersion", "kind", "metadata", "spec", "status"],
@@ -60,12 +64,21 @@ pub fn read(object: &Node) -> Result<Policy, Fault> {
             "apiVersion" if node.text()? != API_VERSION => {
                 Err(node.fault(format!("{} is not served; write {API_VERSION}", node.describe())))
             }
-            "kind" if node.text()? != KIND => Err(node.fault(format!(
-                "{} is not a kind of {API_VERSION}; write {KIND}",
-                node.describe()
-            ))),
+            "kind" => {
+                kind = Some(match node.text()? {
+                    KIND => KIND,
+                    CLUSTER_KIND => CLUSTER_KIND,
+                    _ => {
+                        return Err(node.fault(format!(
+                            "{} is not a kind of {API_VERSION}; write {KIND} or {CLUSTER_KIND}",
+                            node.describe()
+                        )));
+                    }
+                });
+                Ok(())
+            }
             "metadata" => {
-                name = Some(read_name(node)?);
+                metadata = Some(node);
                 Ok(())
             }
             "spec" => {
@@ -75,14 +88,15 @@ pub fn read(object: &Node) -> Result<Policy, Fault> {
             _ => Ok(()),
         },
     )?;
-    let name =
-        name.ok_or_else(|| object.fault("missing; give name and namespace").within("metadata"))?;
+    let metadata = metadata
+        .ok_or_else(|| object.fault("missing; give name and namespace").within("metadata"))?;
+    let name = read_name(metadata, kind.unwrap_or(KIND)).map_err(|f| f.within("metadata"))?;
     let spec =
         spec.ok_or_else(|| object.fault("missing; write action and rules").within("spec"))?;
     read_spec(name, spec).map_err(|fault| fault.within("spec"))
 }
 
-fn read_name(metadata: &Node) -> Result<PolicyName, Fault> {
+fn read_name(metadata: &Node, kind: &'static str) -> Result<PolicyName, Fault> {
     let part = |field: &str, most: usize| -> Result<Arc<str>, Fault> {
         let node = metadata
             .get(field)
@@ -94,20 +108,28 @@ fn read_name(metadata: &Node) -> Result<PolicyName, Fault> {
         Ok(text.into())
     };
     metadata.fields()?;
-    Ok(PolicyName {
-        kind: KIND.into(),
-        namespace: part("namespace", 63)?,
-        name: part("name", 253)?,
-    })
+    let namespace = match (kind == CLUSTER_KIND, metadata.get("namespace")) {
+        (true, Some(node)) => {
+            return Err(node
+                .fault(format!("a {CLUSTER_KIND} has none; leave it out"))
+                .within("namespace"));
+        }
+        (true, None) => "".into(),
+        (false, _) => part("namespace", 63)?,
+    };
+    Ok(PolicyName { kind: kind.into(), namespace, name: part("name", 253)? })
 }
 
 fn read_spec(name: PolicyName, spec: &Node) -> Result<Policy, Fault> {
-    let selector = Selector { namespace: Some(name.namespace.clone()), labels: BTreeMap::new() };
+    let is_cluster = *name.kind == *CLUSTER_KIND;
+    let selector = if is_cluster { Selector::default() } else { Selector::of(&name.namespace) };
     let mut policy = Policy::new(name, selector, Action::Allow);
     let namespace = policy.name.namespace.clone();
     fields(spec, &["selector", "action", "ingress", "egress"], |field, node| {
         match field {
-            "selector" => policy.selector.labels = read_selector(node)?,
+            "selector" => {
+                (policy.selector.labels, policy.selector.among) = read_selector(node, is_cluster)?;
+            }
             "action" => policy.action = read_action(node)?,
             "ingress" => {
                 policy.governs_ingress = true;
@@ -141,9 +163,19 @@ fn read_action(node: &Node) -> Result<Action, Fault> {
     }
 }
 
-fn read_selector(node: &Node) -> Result<BTreeMap<Arc<str>, Arc<str>>, Fault> {
-    let mut labels = BTreeMap::new();
-    fields(node, &["matchLabels"], |_, node| {
+/// Labels, and of a cluster's policy patterns of namespaces.
+#[allow(clippy::type_complexity, reason = "the two fields of a selector")]
+fn read_selector(
+    node: &Node,
+    is_cluster: bool,
+) -> Result<(BTreeMap<Arc<str>, Arc<str>>, Vec<Arc<str>>), Fault> {
+    let (mut labels, mut among) = (BTreeMap::new(), Vec::new());
+    let known: &[&str] = if is_cluster { &["matchLabels", "namespaces"] } else { &["matchLabels"] };
+    fields(node, known, |field, node| {
+        if field == "namespaces" {
+            among = filled(node, MAX_VALUES, read_namespace)?;
+            return Ok(());
+        }
         let entries = node.fields()?;
         if entries.len() > MAX_LABELS {
             return Err(node.fault(format!("{} labels; {MAX_LABELS} is the most", entries.len())));
@@ -154,7 +186,7 @@ fn read_selector(node: &Node) -> Result<BTreeMap<Arc<str>, Arc<str>>, Fault> {
         }
         Ok(())
     })?;
-    Ok(labels)
+    Ok((labels, among))
 }
 
 fn read_rule(rule: &Node, peers: &str, namespace: &str) -> Result<Rule, Fault> {
@@ -165,7 +197,10 @@ fn read_rule(rule: &Node, peers: &str, namespace: &str) -> Result<Rule, Fault> {
             "ports" => to.ports = filled(node, MAX_PORTS, read_ports)?,
             "notPorts" => to.not_ports = filled(node, MAX_PORTS, read_ports)?,
             "unauthenticated" => read.unauthenticated = node.boolean()?,
-            _ => read.peers = filled(node, MAX_PEERS, |n| read_peer(n, namespace))?,
+            _ => {
+                let to = peers == "to";
+                read.peers = filled(node, MAX_PEERS, |n| read_peer(n, namespace, to))?;
+            }
         }
         Ok(())
     })?;
@@ -211,7 +246,7 @@ fn read_ports(node: &Node) -> Result<Ports, Fault> {
     }
 }
 
-fn read_peer(peer: &Node, namespace: &str) -> Result<Peer, Fault> {
+fn read_peer(peer: &Node, namespace: &str, is_egress: bool) -> Result<Peer, Fault> {
     const FIELDS: &[&str] = &[
         "identities",
         "notIdentities",
@@ -221,9 +256,14 @@ fn read_peer(peer: &Node, namespace: &str) -> Result<Peer, Fault> {
         "notServiceAccounts",
         "ipBlocks",
         "notIpBlocks",
+        "trustDomains",
+        "notTrustDomains",
+        "services",
     ];
+    // Only what is dialled has a Service.
+    let known = if is_egress { FIELDS } else { &FIELDS[..FIELDS.len() - 1] };
     let mut read = Peer::default();
-    fields(peer, FIELDS, |field, node| {
+    fields(peer, known, |field, node| {
         match field {
             "identities" => read.identities = filled(node, MAX_VALUES, read_identity)?,
             "notIdentities" => read.not_identities = filled(node, MAX_VALUES, read_identity)?,
@@ -235,6 +275,11 @@ fn read_peer(peer: &Node, namespace: &str) -> Result<Peer, Fault> {
             "notServiceAccounts" => {
                 read.not_service_accounts =
                     filled(node, MAX_VALUES, |n| read_account(n, namespace))?;
+            }
+            "trustDomains" => read.trust_domains = filled(node, MAX_VALUES, read_domain)?,
+            "notTrustDomains" => read.not_trust_domains = filled(node, MAX_VALUES, read_domain)?,
+            "services" => {
+                read.services = filled(node, MAX_VALUES, |n| read_service(n, namespace))?;
             }
             "ipBlocks" => read.ip_blocks = filled(node, MAX_VALUES, read_block)?,
             _ => read.not_ip_blocks = filled(node, MAX_VALUES, read_block)?,
@@ -311,15 +356,44 @@ fn read_namespace(node: &Node) -> Result<Arc<str>, Fault> {
     Ok(text.into())
 }
 
+/// A trust domain, `prefix*`, `*suffix` or `*`.
+fn read_domain(node: &Node) -> Result<Arc<str>, Fault> {
+    let text = node.text()?;
+    let bare = match text.strip_prefix('*') {
+        Some(suffix) => suffix,
+        None => text.strip_suffix('*').unwrap_or(text),
+    };
+    let fine = !text.is_empty()
+        && bare.len() <= 255
+        && bare.bytes().all(|c| {
+            c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, b'.' | b'-' | b'_')
+        });
+    if !fine {
+        return Err(node.fault(format!(
+            "{:?} is not a trust domain; write a name, prefix*, *suffix or *",
+            shorten(text)
+        )));
+    }
+    Ok(text.into())
+}
+
 /// `name` (in the policy's namespace) or `namespace/name`.
 fn read_account(node: &Node, namespace: &str) -> Result<(Arc<str>, Arc<str>), Fault> {
+    read_named(node, namespace, "service account")
+}
+
+fn read_service(node: &Node, namespace: &str) -> Result<(Arc<str>, Arc<str>), Fault> {
+    read_named(node, namespace, "Service")
+}
+
+fn read_named(node: &Node, namespace: &str, what: &str) -> Result<(Arc<str>, Arc<str>), Fault> {
     let text = node.text()?;
     let (space, name) = text.split_once('/').unwrap_or((namespace, text));
     if !is_dns_name(space, 63) || !is_dns_name(name, 253) {
-        return Err(node.fault(format!(
-            "{:?} is not a service account; write name or namespace/name, without *",
-            shorten(text)
-        )));
+        let forms = if namespace.is_empty() { "namespace/name" } else { "name or namespace/name" };
+        return Err(
+            node.fault(format!("{:?} is not a {what}; write {forms}, without *", shorten(text)))
+        );
     }
     Ok((space.into(), name.into()))
 }
@@ -378,172 +452,4 @@ pub fn not_a_name(text: &str, most: usize) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::config::yaml::parse_one;
-
-    fn policy(spec: &str) -> Result<Policy, Fault> {
-        let text = format!(
-            "apiVersion: signet.dev/v1alpha1\nkind: IdentityPolicy\nmetadata: {{name: p, \
-             namespace: shop}}\nspec:\n{spec}"
-        );
-        read(&parse_one(&text).unwrap().unwrap())
-    }
-
-    #[test]
-    fn a_whole_policy() {
-        let policy = policy(
-            "  selector: {matchLabels: {app: payments}}
-  action: Deny
-  ingress:
-  - from:
-    - identities: ['spiffe://other.test/*', '*/sa/x', '*', spiffe://cluster.local/ns/a/sa/b]
-      notNamespaces: [test-*]
-      serviceAccounts: [frontend, web/front]
-      ipBlocks: [10.0.0.0/8, 'fd00::1', '::ffff:10.1.0.0/112']
-    ports: [{port: 80, endPort: 90}, {protocol: UDP}]
-    notPorts: [{port: 81, protocol: TCP}]
-    unauthenticated: true
-  egress: []
-",
-        )
-        .unwrap();
-        assert_eq!(policy.action, Action::Deny);
-        assert_eq!(policy.selector.labels.len(), 1);
-        assert!(policy.governs_ingress && policy.governs_egress && policy.egress.is_empty());
-        let rule = &policy.ingress[0];
-        assert!(rule.unauthenticated);
-        assert_eq!(
-            rule.to[0].ports,
-            [
-                Ports { first: 80, last: 90, protocol: None },
-                Ports { first: 0, last: 65535, protocol: Some(17) }
-            ]
-        );
-        let peer = &rule.peers[0];
-        assert_eq!(peer.identities.len(), 4);
-        assert_eq!(
-            peer.service_accounts,
-            [("shop".into(), "frontend".into()), ("web".into(), "front".into())]
-        );
-        let blocks: Vec<String> = peer.ip_blocks.iter().map(ToString::to_string).collect();
-        assert_eq!(blocks, ["10.0.0.0/8", "fd00::1/128", "10.1.0.0/16"]);
-    }
-
-    #[test]
-    fn faults_name_line_field_value_and_remedy() {
-        let cases = [
-            (
-                "  action: Block\n  ingress: []\n",
-                5,
-                "spec.action: \"Block\" is not an action; write Allow, Deny or Audit",
-            ),
-            (
-                "  ingress:\n  - form: []\n",
-                6,
-                "spec.ingress[0].form: unknown field; did you mean from?",
-            ),
-            (
-                "  ingress:\n  - from:\n    - identities: [cluster.local/ns/a/sa/b]\n",
-                7,
-                "spec.ingress[0].from[0].identities[0]: \"cluster.local/ns/a/sa/b\" is not a \
-                 SPIFFE ID; it begins with spiffe:// (or with * for a suffix)",
-            ),
-            (
-                "  ingress:\n  - from:\n    - identities: ['spiffe://a/*/b']\n",
-                7,
-                "spec.ingress[0].from[0].identities[0]: \"spiffe://a/*/b\" has a * inside; it may \
-                 begin or end with one",
-            ),
-            (
-                "  ingress:\n  - from:\n",
-                6,
-                "spec.ingress[0].from: no value; give one or leave the field out",
-            ),
-            (
-                "  ingress:\n  - from: []\n",
-                6,
-                "spec.ingress[0].from: an empty list; give an entry or leave the field out",
-            ),
-            (
-                "  ingress:\n  - from: [{}]\n",
-                6,
-                "spec.ingress[0].from[0]: an empty entry; leave the list out to mean everybody",
-            ),
-            (
-                "  ingress:\n  - ports: [{port: 0}]\n",
-                6,
-                "spec.ingress[0].ports[0].port: the number 0 is not a whole number from 1 to \
-                 65535",
-            ),
-            (
-                "  ingress:\n  - ports: [{port: 9, endPort: 8}]\n",
-                6,
-                "spec.ingress[0].ports[0].endPort: 8 is below port 9",
-            ),
-            (
-                "  ingress:\n  - ports: [{port: 9, protocol: SCTP}]\n",
-                6,
-                "spec.ingress[0].ports[0].protocol: \"SCTP\" is not a protocol with ports here; \
-                 write TCP or UDP",
-            ),
-            (
-                "  egress:\n  - to:\n    - serviceAccounts: ['a/*']\n",
-                7,
-                "spec.egress[0].to[0].serviceAccounts[0]: \"a/*\" is not a service account; write \
-                 name or namespace/name, without *",
-            ),
-            (
-                "  egress:\n  - to:\n    - ipBlocks: [10.0.0.300]\n",
-                7,
-                "spec.egress[0].to[0].ipBlocks[0]: \"10.0.0.300\" is not an address range; write \
-                 it like 10.0.0.0/8 or fd00::/48",
-            ),
-            (
-                "  action: Allow\n",
-                5,
-                "spec: neither ingress nor egress; write rules, or ingress: [] for an Allow that \
-                 lets nothing in",
-            ),
-        ];
-        for (spec, line, wanted) in cases {
-            let fault = policy(spec).unwrap_err();
-            assert_eq!(fault.to_string(), wanted);
-            assert_eq!(fault.line, line, "{wanted}");
-        }
-    }
-
-    #[test]
-    fn limits_hold() {
-        let ports = "{port: 1},".repeat(MAX_PORTS);
-        assert!(policy(&format!("  ingress: [{{ports: [{ports}]}}]\n")).is_ok());
-        let fault = policy(&format!("  ingress: [{{ports: [{ports}{{port: 1}}]}}]\n")).unwrap_err();
-        assert_eq!(fault.to_string(), "spec.ingress[0].ports: 65 entries; 64 is the most");
-    }
-
-    proptest! {
-        #[test]
-        fn reading_never_panics(
-            spec in "(  |- |ingress:|egress:|from:|to:|ports:|\\[|\\]|\\{|\\}|identities: |port: |\
-                     '\\*a'|spiffe://a/b|[0-9]{1,6}|, |\n|namespaces: |unauthenticated: true){0,50}"
-        ) {
-            if let Ok(Some(node)) = parse_one(&format!("spec:\n{spec}")) {
-                let _ = read(&node);
-            }
-            if let Ok(Some(node)) = parse_one(&format!("  ingress:\n{spec}")) {
-                let _ = read_spec(
-                    PolicyName { kind: "k".into(), namespace: "n".into(), name: "x".into() },
-                    &node,
-                );
-            }
-        }
-
-        #[test]
-        fn patterns_never_panic(text in "[*a-z:/.A]{0,40}") {
-            let node = Node { line: 1, value: crate::config::yaml::Value::Text(text) };
-            let _ = (read_identity(&node), read_namespace(&node), read_account(&node, "n"));
-        }
-    }
-}
+mod tests;

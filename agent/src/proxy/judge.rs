@@ -2,7 +2,7 @@
 
 use std::{net::IpAddr, sync::Arc};
 
-use signet_ebpf::abi::{Direction, Reason, Verdict, proto};
+use signet_ebpf::abi::{Direction, Reason, Verdict, enforcement, proto};
 
 use crate::{
     endpoint::state::{EndpointState, NodeState},
@@ -69,7 +69,8 @@ pub fn judge(state: &NodeState, endpoint: &EndpointState, facts: &Facts) -> Judg
     let outcome = evaluate(&endpoint.policies, endpoint.default_deny, &facts);
     let name = |policy: &Option<Arc<Policy>>| policy.as_ref().map(|p| p.name.clone());
     let (verdict, policy) = if !outcome.is_allowed() {
-        let verdict = if endpoint.mode.is_enforced() { Verdict::Dropped } else { Verdict::Audit };
+        let enforced = endpoint.mode.is_enforced() && state.enforcement == enforcement::ENFORCE;
+        let verdict = if enforced { Verdict::Dropped } else { Verdict::Audit };
         (verdict, name(&outcome.policy))
     } else if outcome.audit.is_some() {
         (Verdict::Audit, name(&outcome.audit))

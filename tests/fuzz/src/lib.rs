@@ -14,14 +14,22 @@ use signet::{
     endpoint::identities::Identities,
     flow::edges,
     observer::{decode, filter::Filters},
-    policy::native,
+    policy::{
+        compile::{CompileInput, compile},
+        evaluate::{FlowFacts, PeerIdentity},
+        explain::explain,
+        istio,
+        model::{Action, Policy},
+        native,
+    },
     proto::flow,
     spiffe::{SpiffeId, TrustDomain, bundle::Bundle, jwks::SpiffeBundle, jwt::JwtSvid, leaf::Leaf},
     trust::federation,
     tunnel::hbone::head::{Open, parse_address},
     workload_api::authority::AuthorityFilter,
 };
-use signet_ebpf::abi::{Event, IDENTITY_NAME_LEN, IdentityName};
+use signet_ebpf::abi::{Direction, Event, IDENTITY_NAME_LEN, IdentityName};
+use std::sync::Arc;
 
 /// Environment variable that chooses the target of the fuzzer's process.
 pub const TARGET_VARIABLE: &str = "SIGNET_FUZZ_TARGET";
@@ -95,6 +103,9 @@ pub const TARGETS: &[Target] = &[
         name: "policy",
         run: policy,
         seeds: &[
+            b"apiVersion: signet.dev/v1alpha1\nkind: ClusterIdentityPolicy\nmetadata: {name: p}\nspec:\n  selector: {namespaces: [a*]}\n  egress:\n  - to: [{services: [a/b], trustDomains: [\"*\"]}]\n",
+            b"apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: shop}\nspec:\n  rules:\n  - from: [{source: {principals: [\"*\"], ipBlocks: [x], serviceAccounts: [\"*\"]}}]\n    to: [{operation: {ports: [\"http\"]}}]\n    when: [{key: request.headers, values: [x]}]\n",
+            b"apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: p, namespace: istio-system}\nspec: {mtls: {mode: UNSET}, portLevelMtls: {80: {mode: STRICT}}}\n",
             b"apiVersion: signet.dev/v1alpha1\nkind: IdentityPolicy\nmetadata: {name: p, namespace: shop}\nspec:\n  action: Deny\n  ingress:\n  - from: [{identities: [\"spiffe://td/*\"], notNamespaces: [a*]}]\n    ports: [{port: 80, endPort: 90, protocol: TCP}]\n",
         ],
     },
@@ -218,7 +229,56 @@ fn federation(data: &[u8]) -> bool {
 
 fn policy(data: &[u8]) -> bool {
     let Some(text) = text(data) else { return false };
-    matches!(yaml::parse_one(text), Ok(Some(node)) if native::read(&node).is_ok())
+    let Ok(Some(node)) = yaml::parse_one(text) else { return false };
+    let policy = native::read(&node).or_else(|_| istio::read_authorization(&node, "istio-system"));
+    let Ok(policy) = policy else {
+        return istio::read_peer_authentication(&node, "istio-system").is_ok();
+    };
+    judge(policy);
+    true
+}
+
+/// Whatever is read can be judged and compiled, and what cannot be evaluated of an ALLOW lets
+/// nobody in.
+fn judge(policy: Policy) {
+    let id = SpiffeId::parse("spiffe://td/ns/shop/sa/web").expect("an identity");
+    let domain = TrustDomain::parse("td").expect("a trust domain");
+    let local = ["10.0.0.1".parse().expect("an address")];
+    let policies = [Arc::new(policy)];
+    for direction in [Direction::Ingress, Direction::Egress] {
+        let facts = FlowFacts {
+            direction,
+            trust_domain: &domain,
+            aliases: &[],
+            peer: PeerIdentity::Authenticated(&id),
+            peer_ip: "10.0.0.2".parse().expect("an address"),
+            local_ips: &local,
+            port: 80,
+            protocol: 6,
+        };
+        let explained = explain(&policies, false, &facts);
+        let [policy] = &policies;
+        let by = explained.outcome.policy.is_some();
+        let evaluable = policy.unsupported.is_empty()
+            && policy.rules(direction).iter().any(|rule| rule.unsupported.is_empty());
+        let allows = policy.action == Action::Allow && explained.outcome.is_allowed() && by;
+        assert!(!allows || evaluable, "{policy:?}");
+    }
+    let rows = compile(&CompileInput {
+        policies: &policies,
+        default_deny: false,
+        trust_domain: &domain,
+        aliases: &[],
+        identities: &[(256, id.clone())],
+        number: &|_| 1,
+        observe: true,
+        local_ips: &local,
+        max_entries: 4096,
+    });
+    // More than that is refused, never cut off.
+    if let Ok(rows) = rows {
+        assert!(rows.len() <= 4096);
+    }
 }
 
 fn config(data: &[u8]) -> bool {

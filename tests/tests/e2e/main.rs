@@ -14,6 +14,7 @@ mod hostile;
 mod limits;
 mod mesh;
 mod pid_reuse;
+mod policy;
 mod spiffe_clients;
 mod storm;
 mod transfer;

@@ -11,6 +11,7 @@ fn around() -> Surroundings {
         policies: vec![],
         peer_authentications: vec![],
         root_namespace: "istio-system".into(),
+        enforcement: Override::Absent,
         announced: HashMap::new(),
         problems: vec![],
         synced: Synced { pods: true, policies: true },

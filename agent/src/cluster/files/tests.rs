@@ -421,3 +421,28 @@ fn istio_s_objects_are_followed_as_our_own() {
     assert!(gone.policies.policies.is_empty() && gone.peer_authentications.is_empty());
     assert_eq!(gone.pod_at("10.0.0.1".parse().unwrap()).unwrap().mode, Mode::Permissive);
 }
+
+#[test]
+fn the_override_of_enforcement_is_followed_and_keeps_its_last_word() {
+    let dir = Dir::new();
+    dir.put("ns.yaml", &namespace("shop", "strict"));
+    // One that nobody can read keeps no agent from starting.
+    dir.put(ENFORCEMENT_FILE, "enforcement: maybe\n");
+    let (mut directory, world) = open(&dir);
+    assert_eq!(world.enforcement, Override::Unreadable);
+    let [problem] = subjects(&world).try_into().unwrap();
+    assert!(
+        problem.contains("enforcement.yaml:1: enforcement: \"maybe\" is not one of"),
+        "{problem}"
+    );
+    dir.put(ENFORCEMENT_FILE, "enforcement: audit\n");
+    let world = directory.refresh().unwrap();
+    assert_eq!(world.enforcement, Override::Is(Enforcement::Audit));
+    assert!(world.problems.is_empty());
+    dir.put(ENFORCEMENT_FILE, "enforcement: [\n");
+    let broken = directory.refresh().unwrap();
+    assert_eq!(broken.enforcement, Override::Is(Enforcement::Audit));
+    assert_eq!(broken.problems.len(), 1);
+    dir.remove(ENFORCEMENT_FILE);
+    assert_eq!(directory.refresh().unwrap().enforcement, Override::Absent);
+}

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use signet_ebpf::abi::{Config, ExemptKey, Ip, Mode, OwnAddressKey, PodEntry, pod};
+use signet_ebpf::abi::{Config, ExemptKey, Ip, Mode, OwnAddressKey, PodEntry, enforcement, pod};
 
 use self::policies::CompiledFrom;
 use super::{
@@ -399,6 +399,10 @@ impl<'a> Planner<'a> {
     ) {
         let netns = found.key.netns;
         let now = self.input.now;
+        // While enforcement is overridden nothing is closed, and once it is back a strict pod
+        // turns strict anew: its plaintext flows have their grace.
+        let overridden = self.input.params.config.enforcement != enforcement::ENFORCE;
+        let mode = if overridden { mode.min(Mode::Observe) } else { mode };
         if before.is_none() && mode.is_enforced() {
             self.close_all.insert(netns);
         }
@@ -545,6 +549,8 @@ impl<'a> Planner<'a> {
         let state = NodeState {
             revision: world.revision,
             node: self.input.params.node.clone(),
+            enforcement: self.input.params.config.enforcement,
+            never_deny: self.input.params.never_deny.clone(),
             world,
             endpoints: self.endpoints.into_iter().map(|(n, e)| (n, Arc::new(e))).collect(),
             waiting: self.waiting,

@@ -151,7 +151,7 @@ impl Scene {
             namespace: namespace.into(),
             name: name.into(),
         };
-        let selector = Selector { namespace: Some(namespace.into()), labels: BTreeMap::new() };
+        let selector = Selector::of(namespace);
         let policy =
             Policy { ingress, governs_ingress: true, ..Policy::new(name, selector, action) };
         let mut policies = self.world.policies.policies.clone();
@@ -355,6 +355,28 @@ fn a_pod_that_turns_strict_closes_plaintext_after_the_grace_only() {
     scene.now += Duration::from_secs(1);
     assert_eq!(scene.plan().close_plaintext, [7].into());
     assert!(scene.plan().close_plaintext.is_empty(), "once");
+}
+
+#[test]
+fn while_enforcement_is_overridden_nothing_is_closed_and_then_there_is_grace() {
+    let mut scene = Scene::new();
+    scene.params.config.enforcement = enforcement::AUDIT;
+    scene.namespace("shop", Mode::Strict);
+    let uid = scene.pod("shop", "pay", NODE, "10.0.0.1");
+    scene.found(&uid, 7, "10.0.0.1");
+    scene.ready(&uid);
+    let plan = scene.plan();
+    assert_eq!(plan.tables.pods[&7].mode, Mode::Strict as u8, "its mode is what it was");
+    assert_eq!(plan.state.enforcement, enforcement::AUDIT);
+    assert!(plan.close_all.is_empty() && plan.close_plaintext.is_empty());
+    scene.now += Duration::from_secs(10_000);
+    assert!(scene.plan().close_plaintext.is_empty());
+    scene.params.config.enforcement = enforcement::ENFORCE;
+    let armed = scene.plan();
+    assert!(armed.close_plaintext.is_empty() && armed.close_all.is_empty());
+    assert_eq!(armed.wake, Some(scene.now + Duration::from_secs(600)));
+    scene.now += Duration::from_secs(600);
+    assert_eq!(scene.plan().close_plaintext, [7].into());
 }
 
 #[test]

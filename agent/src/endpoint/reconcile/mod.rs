@@ -33,7 +33,7 @@ use super::{
     tables::Tables,
 };
 use crate::{
-    cluster::model::{Pod, PodUid, Problem, World},
+    cluster::model::{Override, Pod, PodUid, Problem, World},
     config::AgentConfig,
     kernel::{KernelError, Maps, Programs, clock},
     netns::NetnsOpener,
@@ -235,7 +235,13 @@ impl Reconciler {
         if !world.synced.pods {
             return Ok(());
         }
-        let params = params(&config, &self.deps.programs, self.workloads_level);
+        let mut params = params(&config, &self.deps.programs, self.workloads_level);
+        params.config.enforcement = match world.enforcement {
+            Override::Absent => params.config.enforcement,
+            Override::Is(word) => word.number(),
+            // What is pinned, also from before this process.
+            Override::Unreadable => self.applied.config.enforcement,
+        };
         let pods = own_pods(&world, &params);
         let mut changed = changed | self.discovery.poll(&pods, now).await;
         self.note_missing(now);

@@ -10,7 +10,7 @@ use signet_ebpf::{
 };
 
 use super::*;
-use crate::policy::model::{Action, Condition, Destination, Peer, Ports, Rule, Selector};
+use crate::policy::model::{Action, Condition, Destination, Peer, Ports, Rule, Selector, Target};
 
 const POD: u64 = 7;
 
@@ -149,9 +149,9 @@ fn peer() -> impl Strategy<Value = Peer> {
     (
         (texts(IDS), texts(IDS), texts(SPACES), texts(SPACES)),
         (accounts(), accounts(), blocks(), blocks()),
-        (texts(DOMAINS), texts(DOMAINS), prop::bool::weighted(0.1)),
+        (texts(DOMAINS), texts(DOMAINS), prop::bool::weighted(0.1), targets()),
     )
-        .prop_map(|((i, ni, n, nn), (a, na, b, nb), (d, nd, unidentified))| Peer {
+        .prop_map(|((i, ni, n, nn), (a, na, b, nb), (d, nd, unidentified, targets))| Peer {
             identities: i,
             not_identities: ni,
             namespaces: n,
@@ -160,10 +160,21 @@ fn peer() -> impl Strategy<Value = Peer> {
             not_service_accounts: na,
             trust_domains: d,
             not_trust_domains: nd,
+            services: if targets.is_empty() { vec![] } else { vec![("a".into(), "b".into())] },
+            targets,
             unidentified,
             ip_blocks: b,
             not_ip_blocks: nb,
         })
+}
+
+/// Where services are: some at one port, some at several.
+fn targets() -> impl Strategy<Value = Vec<Target>> {
+    const AT: &[&str] = &["10.1.2.3", "10.0.0.1", "192.0.2.1", "fd00:1::5", "2001:db8::1"];
+    let one = (select(AT), select(&[53u16, 80, 8080][..]), select(&[6u8, 17][..]));
+    let one =
+        one.prop_map(|(ip, port, protocol)| Target { ip: ip.parse().unwrap(), port, protocol });
+    prop_oneof![3 => Just(vec![]), 1 => vec(one, 1..6)]
 }
 
 fn port() -> impl Strategy<Value = u16> {
@@ -185,7 +196,7 @@ fn destination() -> impl Strategy<Value = Destination> {
 
 fn condition() -> impl Strategy<Value = Condition> {
     prop_oneof![
-        2 => peer().prop_map(Condition::Peer),
+        2 => peer().prop_map(|peer| Condition::Peer(Box::new(peer))),
         2 => destination().prop_map(Condition::To),
         1 => (blocks(), blocks())
             .prop_map(|(blocks, not_blocks)| Condition::Local { blocks, not_blocks }),
@@ -212,7 +223,7 @@ fn rule() -> impl Strategy<Value = Rule> {
 
 fn blank(name: &str, action: Action) -> Policy {
     let name = PolicyName { kind: "k".into(), namespace: "shop".into(), name: name.into() };
-    Policy::new(name, Selector { namespace: None, labels: BTreeMap::new() }, action)
+    Policy::new(name, Selector::default(), action)
 }
 
 fn policies() -> impl Strategy<Value = Vec<Arc<Policy>>> {

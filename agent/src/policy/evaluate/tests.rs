@@ -238,8 +238,7 @@ fn ports_protocols_and_addresses() {
 fn what_is_not_understood_never_widens() {
     let broken = |action, ingress: Vec<Rule>| {
         let name = PolicyName { kind: "K".into(), namespace: "shop".into(), name: "b".into() };
-        let selector =
-            super::super::model::Selector { namespace: None, labels: Default::default() };
+        let selector = super::super::model::Selector::default();
         Arc::new(Policy {
             ingress,
             governs_ingress: true,

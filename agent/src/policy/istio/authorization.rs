@@ -23,7 +23,7 @@ const DRY_RUN: &str = "istio.io/dry-run";
 pub fn read(object: &Node, root: &str) -> Result<Policy, Fault> {
     let envelope = Envelope::open(object, AUTHORIZATION_POLICY)?;
     let namespace = (*envelope.name.namespace != *root).then(|| envelope.name.namespace.clone());
-    let selector = Selector { namespace, labels: Default::default() };
+    let selector = Selector { namespace, ..Selector::default() };
     let mut reader = Authorization {
         reader: Reader::new(),
         namespace: envelope.name.namespace.clone(),
@@ -412,19 +412,19 @@ impl Authorization {
             "source.ip" => {
                 peer.ip_blocks = self.listed("values", values, rule, Reader::blocks)?;
                 peer.not_ip_blocks = self.listed("notValues", not_values, rule, Reader::blocks)?;
-                Condition::Peer(peer)
+                Condition::Peer(Box::new(peer))
             }
             "source.namespace" => {
                 let read = |reader: &mut Reader, node: &Node| reader.namespaces(node).map(Some);
                 peer.namespaces = self.listed("values", values, rule, read)?;
                 peer.not_namespaces = self.listed("notValues", not_values, rule, read)?;
-                Condition::Peer(peer)
+                Condition::Peer(Box::new(peer))
             }
             "source.principal" => {
                 let read = |reader: &mut Reader, node: &Node| reader.principals(node).map(Some);
                 peer.identities = self.listed("values", values, rule, read)?;
                 peer.not_identities = self.listed("notValues", not_values, rule, read)?;
-                Condition::Peer(peer)
+                Condition::Peer(Box::new(peer))
             }
             "destination.ip" => Condition::Local {
                 blocks: self.listed("values", values, rule, Reader::blocks)?,

@@ -146,6 +146,6 @@ fn refusing_plaintext(name: PolicyName, ports: Vec<Ports>) -> Policy {
     };
     let name = PolicyName { kind: PEER_AUTHENTICATION.into(), ..name };
     // Pods carry it themselves: its selector selects nobody.
-    let nobody = Selector { namespace: Some("".into()), labels: BTreeMap::new() };
+    let nobody = Selector::of("");
     Policy { ingress: vec![rule], governs_ingress: true, ..Policy::new(name, nobody, Action::Deny) }
 }

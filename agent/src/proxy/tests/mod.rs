@@ -30,7 +30,7 @@ use super::{
     sockets::PodSockets, start,
 };
 use crate::{
-    cluster::model::{ModeOrigin, ObjectName, Pod, PodUid, Ranges, Synced, World},
+    cluster::model::{ModeOrigin, ObjectName, Override, Pod, PodUid, Ranges, Synced, World},
     config::Limits,
     endpoint::{
         sockets::ListenerCommand,
@@ -170,6 +170,7 @@ pub(super) fn world(revision: u64, pods: &[Arc<Pod>], served: &[&Arc<Pod>]) -> W
         nodes: BTreeMap::new(),
         policies: Arc::new(PolicySet::default()),
         peer_authentications: Vec::new(),
+        enforcement: Override::Absent,
         ranges: Ranges {
             pods: vec!["10.77.0.0/16".parse().unwrap()],
             services: vec!["10.96.0.0/16".parse().unwrap()],
@@ -192,7 +193,7 @@ pub(super) fn allow(name: &str, direction: Direction, accounts: &[&str]) -> Arc<
     let ingress = direction == Direction::Ingress;
     let name =
         PolicyName { kind: "IdentityPolicy".into(), namespace: "shop".into(), name: name.into() };
-    let selector = Selector { namespace: Some("shop".into()), labels: BTreeMap::new() };
+    let selector = Selector::of("shop");
     Arc::new(Policy {
         ingress: if ingress { vec![rule.clone()] } else { Vec::new() },
         egress: if ingress { Vec::new() } else { vec![rule] },

@@ -1,0 +1,169 @@
+//! `signet policy list`.
+
+use serde::Serialize;
+
+use crate::{
+    cli::{
+        exit::{Exit, Failure, print},
+        sockets::{self, SocketArgs},
+        status::Output,
+        table::{Table, printable},
+    },
+    proto::admin::{
+        Condition, ListPoliciesRequest, ListPoliciesResponse, PolicyInForce,
+        admin_client::AdminClient,
+    },
+};
+
+/// Arguments of `signet policy list`.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  signet policy list
+  signet policy list -n shop -o json
+
+PODS are this node's pods that a policy is about; HITS are verdicts that it decided or audited since
+the agent's start.")]
+pub struct ListArgs {
+    #[command(flatten)]
+    sockets: SocketArgs,
+    /// Only policies of this namespace (and the cluster's)
+    #[arg(short, long, value_name = "name")]
+    namespace: Option<String>,
+    /// How they are shown
+    #[arg(short, long, value_name = "form", default_value = "text")]
+    output: Output,
+}
+
+/// Asks and prints.
+pub async fn run(args: ListArgs) -> Result<Exit, Failure> {
+    let (agents, mut is_complete) = sockets::connect_all(&args.sockets).await?;
+    let mut answers = Vec::new();
+    for agent in &agents {
+        let mut client = AdminClient::new(agent.channel.clone());
+        match sockets::within_time(agent, client.list_policies(ListPoliciesRequest {})).await {
+            Ok(answer) => answers.push(answer),
+            Err(failure) if agents.len() > 1 && failure.exit == Exit::Unreachable => {
+                anstream::eprintln!("warning: {failure}");
+                is_complete = false;
+            }
+            Err(failure) => return Err(failure),
+        }
+    }
+    if let Some(namespace) = &args.namespace {
+        for answer in &mut answers {
+            answer.policies.retain(|p| p.namespace.is_empty() || p.namespace == *namespace);
+        }
+    }
+    let text = match args.output {
+        Output::Text => text_of(&answers),
+        Output::Json => answers
+            .iter()
+            .map(|answer| Ok(serde_json::to_string(&Json::of(answer))? + "\n"))
+            .collect::<serde_json::Result<String>>()
+            .map_err(|e| Failure::caused(Exit::Bug, e))?,
+    };
+    print(&text)?;
+    Ok(if is_complete { Exit::Done } else { Exit::Unreachable })
+}
+
+fn text_of(answers: &[ListPoliciesResponse]) -> String {
+    let head = ["NODE", "POLICY", "ACTION", "DIRECTION", "SELECTS", "PODS", "HITS", "ACCEPTED"];
+    let mut rows = vec![head.map(String::from).to_vec()];
+    let mut said = Vec::new();
+    for answer in answers {
+        for policy in &answer.policies {
+            let accepted = policy.conditions.iter().find(|c| c.r#type == "Accepted");
+            let directions = policy.directions.join(",");
+            rows.push(vec![
+                printable(&answer.node),
+                printable(&name_of(policy)),
+                format!("{}{}", policy.action, if policy.dry_run { " (dry run)" } else { "" }),
+                if directions.is_empty() { "-".into() } else { directions },
+                printable(&policy.selects),
+                policy.pods.to_string(),
+                policy.hits.to_string(),
+                accepted.map_or_else(|| "-".into(), |c| c.reason.clone()),
+            ]);
+            if let Some(condition) = accepted.filter(|c| c.reason != "Accepted") {
+                let line = format!("  {}: {}", name_of(policy), condition.message);
+                let line = printable(&line);
+                if !said.contains(&line) {
+                    said.push(line);
+                }
+            }
+        }
+    }
+    let mut lines = Table::plain(&rows);
+    if !said.is_empty() {
+        lines.push("Problems".into());
+        lines.extend(said);
+    }
+    lines.into_iter().map(|line| line + "\n").collect()
+}
+
+/// `Kind/namespace/name`.
+fn name_of(policy: &PolicyInForce) -> String {
+    let slash = if policy.namespace.is_empty() { "" } else { "/" };
+    format!("{}/{}{slash}{}", policy.kind, policy.namespace, policy.name)
+}
+
+#[derive(Serialize)]
+struct Json<'a> {
+    schema: &'static str,
+    node: &'a str,
+    revision: u64,
+    policies: Vec<PolicyJson<'a>>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct PolicyJson<'a> {
+    kind: &'a str,
+    namespace: Option<&'a str>,
+    name: &'a str,
+    action: &'a str,
+    directions: &'a [String],
+    selects: &'a str,
+    dry_run: bool,
+    pods: u32,
+    hits: u64,
+    conditions: Vec<ConditionJson<'a>>,
+}
+
+#[derive(Serialize)]
+struct ConditionJson<'a> {
+    r#type: &'a str,
+    status: &'a str,
+    reason: &'a str,
+    message: &'a str,
+}
+
+impl<'a> Json<'a> {
+    fn of(answer: &'a ListPoliciesResponse) -> Self {
+        let condition = |c: &'a Condition| ConditionJson {
+            r#type: &c.r#type,
+            status: &c.status,
+            reason: &c.reason,
+            message: &c.message,
+        };
+        let policy = |p: &'a PolicyInForce| PolicyJson {
+            kind: &p.kind,
+            namespace: (!p.namespace.is_empty()).then_some(&*p.namespace),
+            name: &p.name,
+            action: &p.action,
+            directions: &p.directions,
+            selects: &p.selects,
+            dry_run: p.dry_run,
+            pods: p.pods,
+            hits: p.hits,
+            conditions: p.conditions.iter().map(condition).collect(),
+        };
+        Self {
+            schema: "signet.dev/policies/v1",
+            node: &answer.node,
+            revision: answer.revision,
+            policies: answer.policies.iter().map(policy).collect(),
+        }
+    }
+}
