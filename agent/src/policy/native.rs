@@ -19,6 +19,8 @@
 //! A ClusterIdentityPolicy has no namespace: its `selector.namespaces` says where it holds
 //! (absent: everywhere), and service accounts and services are written `namespace/name`.
 
+pub mod schema;
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use signet_ebpf::abi::proto;
@@ -38,6 +40,29 @@ pub const API_VERSION: &str = "signet.dev/v1alpha1";
 pub const KIND: &str = "IdentityPolicy";
 /// The kind of the cluster's.
 pub const CLUSTER_KIND: &str = "ClusterIdentityPolicy";
+
+/// Fields of `spec`.
+const SPEC: &[&str] = &["selector", "action", "ingress", "egress"];
+/// Fields of `selector`; the last one is a ClusterIdentityPolicy's.
+const SELECTOR: &[&str] = &["matchLabels", "namespaces"];
+/// Fields of a rule, besides `from` or `to`.
+const RULE: &[&str] = &["ports", "notPorts", "unauthenticated"];
+/// Fields of an entry of `ports`.
+const PORTS: &[&str] = &["port", "endPort", "protocol"];
+/// Fields of an entry of `from` and `to`; the last one is of `to` alone.
+const PEER: &[&str] = &[
+    "identities",
+    "notIdentities",
+    "namespaces",
+    "notNamespaces",
+    "serviceAccounts",
+    "notServiceAccounts",
+    "ipBlocks",
+    "notIpBlocks",
+    "trustDomains",
+    "notTrustDomains",
+    "services",
+];
 
 /// Rules of one direction.
 const MAX_RULES: usize = 64;
@@ -125,7 +150,7 @@ fn read_spec(name: PolicyName, spec: &Node) -> Result<Policy, Fault> {
     let selector = if is_cluster { Selector::default() } else { Selector::of(&name.namespace) };
     let mut policy = Policy::new(name, selector, Action::Allow);
     let namespace = policy.name.namespace.clone();
-    fields(spec, &["selector", "action", "ingress", "egress"], |field, node| {
+    fields(spec, SPEC, |field, node| {
         match field {
             "selector" => {
                 (policy.selector.labels, policy.selector.among) = read_selector(node, is_cluster)?;
@@ -170,8 +195,7 @@ fn read_selector(
     is_cluster: bool,
 ) -> Result<(BTreeMap<Arc<str>, Arc<str>>, Vec<Arc<str>>), Fault> {
     let (mut labels, mut among) = (BTreeMap::new(), Vec::new());
-    let known: &[&str] = if is_cluster { &["matchLabels", "namespaces"] } else { &["matchLabels"] };
-    fields(node, known, |field, node| {
+    fields(node, known_selector(is_cluster), |field, node| {
         if field == "namespaces" {
             among = filled(node, MAX_VALUES, read_namespace)?;
             return Ok(());
@@ -192,7 +216,8 @@ fn read_selector(
 fn read_rule(rule: &Node, peers: &str, namespace: &str) -> Result<Rule, Fault> {
     let mut read = Rule::default();
     let mut to = Destination::default();
-    fields(rule, &[peers, "ports", "notPorts", "unauthenticated"], |field, node| {
+    let known: Vec<&str> = std::iter::once(peers).chain(RULE.iter().copied()).collect();
+    fields(rule, &known, |field, node| {
         match field {
             "ports" => to.ports = filled(node, MAX_PORTS, read_ports)?,
             "notPorts" => to.not_ports = filled(node, MAX_PORTS, read_ports)?,
@@ -212,7 +237,7 @@ fn read_rule(rule: &Node, peers: &str, namespace: &str) -> Result<Rule, Fault> {
 
 fn read_ports(node: &Node) -> Result<Ports, Fault> {
     let (mut first, mut last, mut protocol) = (None, None, None);
-    fields(node, &["port", "endPort", "protocol"], |field, node| {
+    fields(node, PORTS, |field, node| {
         let port = || node.number(1, u64::from(u16::MAX)).map(|n| n as u16);
         match field {
             "port" => first = Some(port()?),
@@ -247,23 +272,8 @@ fn read_ports(node: &Node) -> Result<Ports, Fault> {
 }
 
 fn read_peer(peer: &Node, namespace: &str, is_egress: bool) -> Result<Peer, Fault> {
-    const FIELDS: &[&str] = &[
-        "identities",
-        "notIdentities",
-        "namespaces",
-        "notNamespaces",
-        "serviceAccounts",
-        "notServiceAccounts",
-        "ipBlocks",
-        "notIpBlocks",
-        "trustDomains",
-        "notTrustDomains",
-        "services",
-    ];
-    // Only what is dialled has a Service.
-    let known = if is_egress { FIELDS } else { &FIELDS[..FIELDS.len() - 1] };
     let mut read = Peer::default();
-    fields(peer, known, |field, node| {
+    fields(peer, known_peer(is_egress), |field, node| {
         match field {
             "identities" => read.identities = filled(node, MAX_VALUES, read_identity)?,
             "notIdentities" => read.not_identities = filled(node, MAX_VALUES, read_identity)?,
@@ -290,6 +300,16 @@ fn read_peer(peer: &Node, namespace: &str, is_egress: bool) -> Result<Peer, Faul
         return Err(peer.fault("an empty entry; leave the list out to mean everybody"));
     }
     Ok(read)
+}
+
+/// Only what is dialled has a Service.
+fn known_peer(is_egress: bool) -> &'static [&'static str] {
+    if is_egress { PEER } else { &PEER[..PEER.len() - 1] }
+}
+
+/// Only a cluster's policy chooses namespaces.
+fn known_selector(is_cluster: bool) -> &'static [&'static str] {
+    if is_cluster { SELECTOR } else { &SELECTOR[..SELECTOR.len() - 1] }
 }
 
 /// A SPIFFE ID, `prefix*`, `*suffix` or `*`.
