@@ -62,6 +62,7 @@ fn of_pod(pod: &Pod) -> admin::Endpoint {
         pod: pod.name.name.to_string(),
         uid: pod.uid.to_string(),
         service_account: pod.service_account.to_string(),
+        labels: pod.labels.iter().map(|(l, v)| (l.to_string(), v.to_string())).collect(),
         mode: names::mode(pod.mode).into(),
         mode_origin: match pod.mode_origin {
             ModeOrigin::Default => "default",

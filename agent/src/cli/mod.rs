@@ -2,6 +2,7 @@
 
 mod agent;
 mod authority;
+mod edges;
 mod endpoints;
 mod exit;
 mod fetch;

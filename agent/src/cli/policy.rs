@@ -2,6 +2,7 @@
 
 mod check;
 mod list;
+mod suggest;
 mod validate;
 
 use clap::Subcommand;
@@ -16,6 +17,8 @@ pub enum PolicyCommand {
     List(list::ListArgs),
     /// Say what would become of a flow, rule by rule.
     Check(check::CheckArgs),
+    /// Write the least policies that what was seen coming in needs.
+    Suggest(suggest::SuggestArgs),
     /// Read policies and say what is wrong with them, by file and line.
     Validate(validate::ValidateArgs),
 }
@@ -25,6 +28,7 @@ pub async fn run(command: PolicyCommand) -> Result<Exit, Failure> {
     match command {
         PolicyCommand::List(args) => list::run(args).await,
         PolicyCommand::Check(args) => check::run(args).await,
+        PolicyCommand::Suggest(args) => suggest::run(args).await,
         PolicyCommand::Validate(args) => validate::run(&args),
     }
 }

@@ -5,19 +5,17 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use super::{
+    edges,
     exit::{Exit, Failure, print},
     flows::parse_time,
-    sockets::{self, SocketArgs},
+    sockets::SocketArgs,
     status::Output,
     table::{duration, printable},
 };
 use crate::{
     proto::{
         self,
-        admin::{
-            EdgeEnd, Endpoint, EndpointsRequest, ListEdgesRequest, SeenEdge,
-            admin_client::AdminClient,
-        },
+        admin::{EdgeEnd, Endpoint, SeenEdge},
     },
     telemetry::names,
 };
@@ -87,59 +85,22 @@ struct Finding {
 /// Runs the subcommand.
 pub async fn run(command: RolloutCommand) -> Result<Exit, Failure> {
     let RolloutCommand::Check(args) = command;
-    let (agents, mut is_complete) = sockets::connect_all(&args.sockets).await?;
-    let (mut edges, mut endpoints) = (Vec::new(), Vec::new());
-    for agent in &agents {
-        match ask(agent, &args).await {
-            Ok((of_agent, pods)) => {
-                edges.extend(of_agent);
-                endpoints.extend(pods);
-            }
-            Err(failure) if agents.len() > 1 && failure.exit == Exit::Unreachable => {
-                anstream::eprintln!("warning: {failure}");
-                is_complete = false;
-            }
-            Err(failure) => return Err(failure),
-        }
-    }
-    let findings = check(&args.namespace, args.to, &edges, &endpoints);
+    let seen = edges::ask(&args.sockets, &args.namespace, args.since).await?;
+    let findings = check(&args.namespace, args.to, &seen.edges, &seen.pods);
     let text = match args.output {
         Output::Json => findings
             .iter()
             .map(|finding| Ok(serde_json::to_string(finding)? + "\n"))
             .collect::<serde_json::Result<String>>()
             .map_err(|e| Failure::caused(Exit::Bug, e))?,
-        Output::Text => show(&args, &findings, edges.len(), Timestamp::now()),
+        Output::Text => show(&args, &findings, seen.edges.len(), Timestamp::now()),
     };
     print(&text)?;
-    Ok(match (is_complete, findings.is_empty()) {
+    Ok(match (seen.is_complete, findings.is_empty()) {
         (false, _) => Exit::Unreachable,
         (true, true) => Exit::Done,
         (true, false) => Exit::No,
     })
-}
-
-async fn ask(
-    agent: &sockets::Agent,
-    args: &CheckArgs,
-) -> Result<(Vec<SeenEdge>, Vec<Endpoint>), Failure> {
-    let mut client = AdminClient::new(agent.channel.clone());
-    let request =
-        EndpointsRequest { namespace: args.namespace.clone(), ..EndpointsRequest::default() };
-    let pods = sockets::within_time(agent, client.endpoints(request)).await?.endpoints;
-    let request = ListEdgesRequest {
-        namespace: args.namespace.clone(),
-        since: args.since.map(proto::timestamp),
-    };
-    let mut stream = sockets::within_time(agent, client.list_edges(request)).await?;
-    let mut edges = Vec::new();
-    loop {
-        let next = async { stream.message().await.map(tonic::Response::new) };
-        match sockets::within_time(agent, next).await? {
-            Some(answer) => edges.extend(answer.edges),
-            None => return Ok((edges, pods)),
-        }
-    }
 }
 
 /// What would break, most flows first.

@@ -41,7 +41,7 @@ pub struct ValidateArgs {
 /// Something found.
 #[derive(Serialize, PartialEq, Eq, Debug)]
 #[serde(rename_all = "camelCase")]
-struct Found {
+pub(super) struct Found {
     file: String,
     line: u64,
     message: String,
@@ -89,7 +89,7 @@ pub fn run(args: &ValidateArgs) -> Result<Exit, Failure> {
 }
 
 /// Reads one file; the number of policies in it.
-fn validate(path: &Path, text: &str, root: &str, found: &mut Vec<Found>) -> usize {
+pub(super) fn validate(path: &Path, text: &str, root: &str, found: &mut Vec<Found>) -> usize {
     let file = path.display().to_string();
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or("manifest");
     let mut policies = 0;

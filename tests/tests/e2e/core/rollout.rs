@@ -4,9 +4,11 @@ use std::{fs, os::unix::fs::PermissionsExt};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use signet_lab::{agent::Agent, eventually};
+use signet_lab::{agent::Agent, cluster_dir::ObjectKey, eventually};
 
-use crate::mesh::{Mesh, TCP, TIMEOUT, answered, with_logs};
+use crate::mesh::{
+    HTTP, Mesh, TCP, TIMEOUT, answered, answered_soon, refused_soon, verdict, with_logs,
+};
 
 /// `signet rollout check NS --to MODE`: its exit code and findings.
 fn check(agent: &Agent, namespace: &str, to: &str) -> Result<(i32, Vec<Value>)> {
@@ -73,6 +75,64 @@ fn a_rollout_is_checked_by_what_was_seen_and_survives_a_restart() -> Result<()> 
         ensure!(fs::read_to_string(file.with_extension("ndjson.damaged"))? == "garbage");
         let (code, findings) = check(agent, "shop", "strict")?;
         ensure!(code == 1 && findings[0]["kind"] == "unseen", "{findings:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn policies_suggested_from_what_was_seen_let_the_same_pass_and_nothing_else() -> Result<()> {
+    let mesh = Mesh::start(Some("observe"))?;
+    with_logs(&mesh, |mesh| {
+        let Mesh { lab, frontend, intruder, payments, .. } = mesh;
+        let agent = lab.agent("node-2")?;
+        let nothing = agent.cli(&["policy", "suggest", "-n", "shop"])?;
+        ensure!(nothing.code() == 1 && nothing.stdout.is_empty(), "{nothing:?}");
+        answered(frontend, payments.at(TCP), "seen")?;
+        ensure!(frontend.curl(&payments.url(HTTP, "/seen"))?.code() == 0);
+        let suggest = |form: &[&str]| -> Result<String> {
+            eventually("both ports were seen", TIMEOUT, || {
+                let arguments = [&["policy", "suggest", "-n", "shop"], form].concat();
+                let text = agent.cli(&arguments)?.success()?;
+                let ports = [TCP, HTTP].iter().all(|port| text.contains(&port.to_string()));
+                Ok(ports.then_some(text))
+            })
+        };
+        for (form, kind) in [(&[][..], "IdentityPolicy"), (&["--istio"], "AuthorizationPolicy")] {
+            let text = suggest(form)?;
+            ensure!(text.matches("kind: ").count() == 1 && text.contains(kind), "{text}");
+            // The control: in strict and without it everybody in the mesh gets in.
+            lab.cluster().set_mode("shop", Some("strict"))?;
+            for pod in [frontend, intruder, payments] {
+                lab.wait_state(pod, "served")?;
+            }
+            answered_soon(intruder, payments.at(TCP))?;
+            lab.cluster().apply_yaml(&text)?;
+            refused_soon(intruder, payments.at(TCP))?;
+            verdict(
+                lab,
+                "node-2",
+                "destination",
+                "shop/intruder",
+                "shop/payments",
+                "DROPPED",
+                "policy_no_match",
+            )?;
+            answered(frontend, payments.at(TCP), "allowed")?;
+            ensure!(frontend.curl(&payments.url(HTTP, "/allowed"))?.code() == 0, "{kind}");
+            eventually("what was refused is told", TIMEOUT, || {
+                let text = suggest(form)?;
+                let told = text.contains("# - left out: shop/intruder was refused (policy_no");
+                Ok(told.then_some(()))
+            })?;
+            lab.cluster().delete(&ObjectKey::new(kind, "shop", "payments-callers"))?;
+            // The control's calls were seen, too: a new history does not have them.
+            ensure!(agent.stop()? == Some(0), "it does not drain");
+            fs::remove_file(agent.node().state_dir.join("edges.ndjson"))?;
+            agent.start_ready()?;
+            lab.wait_state(payments, "served")?;
+            answered_soon(frontend, payments.at(TCP))?;
+            ensure!(frontend.curl(&payments.url(HTTP, "/seen"))?.code() == 0);
+        }
         Ok(())
     })
 }
