@@ -5,6 +5,8 @@
 //! who is served; other subdirectories are not followed. A file counts whole or not at all: one that breaks keeps what it said last and
 //! becomes a problem; at start it is an error. Writers should replace files by rename.
 
+mod followed;
+
 use std::{
     collections::{BTreeMap, HashMap},
     fs, io,
@@ -17,6 +19,8 @@ use std::{
 use notify::{RecursiveMode, Watcher as _};
 use tokio::sync::watch;
 
+use self::followed::{Followeds, list, update};
+pub(super) use self::followed::{file_fault, read_bounded, unreadable};
 use super::{
     assemble::{Assembler, Surroundings},
     enrolment::{Announcement, BOARD_DIR},
@@ -25,11 +29,7 @@ use super::{
     objects::Objects,
 };
 use crate::{
-    config::{
-        at_line,
-        values::Enforcement,
-        yaml::{Fault, MAX_FILE_BYTES},
-    },
+    config::{at_line, values::Enforcement},
     policy::{
         istio::{PeerAuthentication, ROOT_NAMESPACE},
         model::Policy,
@@ -259,53 +259,6 @@ impl Watches {
 fn inode(dir: &Path) -> Option<(u64, u64)> {
     fs::metadata(dir).ok().map(|m| (m.dev(), m.ino()))
 }
-
-/// What tells a file's versions apart without reading it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Stamp {
-    device: u64,
-    inode: u64,
-    size: u64,
-    modified: (i64, i64),
-    changed: (i64, i64),
-}
-
-impl Stamp {
-    fn of(metadata: &fs::Metadata) -> Self {
-        Self {
-            device: metadata.dev(),
-            inode: metadata.ino(),
-            size: metadata.size(),
-            modified: (metadata.mtime(), metadata.mtime_nsec()),
-            changed: (metadata.ctime(), metadata.ctime_nsec()),
-        }
-    }
-
-    /// True when a further write could leave the same stamp: clocks of file systems are coarse.
-    fn is_young(&self) -> bool {
-        let now = jiff::Timestamp::now();
-        let age = now.as_nanosecond()
-            - (i128::from(self.changed.0) * 1_000_000_000 + i128::from(self.changed.1));
-        age < 1_000_000_000
-    }
-}
-
-/// A file that is followed.
-#[derive(Debug)]
-struct Followed<T> {
-    stamp: Stamp,
-    /// The stamp was too young when the file was read to tell the next version apart.
-    young: bool,
-    /// What it said when it was last good.
-    good: Option<T>,
-    /// What is wrong with it now.
-    fault: Option<FileFault>,
-    /// Files that came earlier go first where two hold the same object.
-    age: u64,
-}
-
-/// Files of one kind by name.
-type Followeds<T> = BTreeMap<String, Followed<T>>;
 
 /// The directory's contents; reads, but does not watch.
 #[derive(Debug)]
@@ -545,95 +498,6 @@ impl Collected {
         self.objects.slices.sort_by(|a, b| a.service.cmp(&b.service));
         self.objects.nodes.sort_by(|a, b| a.name.cmp(&b.name));
     }
-}
-
-/// Regular files (or links to them) with a manifest's ending that are not hidden.
-fn list(dir: &Path) -> io::Result<BTreeMap<String, Stamp>> {
-    let mut files = BTreeMap::new();
-    for entry in fs::read_dir(dir)? {
-        let entry = entry?;
-        let Ok(name) = entry.file_name().into_string() else { continue };
-        let ending = Path::new(&name).extension().and_then(|e| e.to_str());
-        if name.starts_with('.') || !matches!(ending, Some("yaml" | "yml" | "json")) {
-            continue;
-        }
-        // Follows links: a mounted ConfigMap is links into a directory that is swapped. A file
-        // that is gone by now is told of by the next event.
-        if let Ok(metadata) = fs::metadata(entry.path())
-            && metadata.is_file()
-        {
-            files.insert(name, Stamp::of(&metadata));
-        }
-    }
-    Ok(files)
-}
-
-/// Reads the files that are new or changed, forgets those that are gone.
-fn update<T>(
-    followed: &mut Followeds<T>,
-    dir: &Path,
-    listed: BTreeMap<String, Stamp>,
-    next_age: &mut u64,
-    parse: impl Fn(&str, &str) -> Result<T, Fault>,
-) {
-    followed.retain(|name, _| listed.contains_key(name));
-    for (name, stamp) in listed {
-        if followed.get(&name).is_some_and(|file| file.stamp == stamp && !file.young) {
-            continue;
-        }
-        let path = dir.join(&name);
-        let read = match read_bounded(&path) {
-            Ok((text, stamp)) => parse(&name, &text)
-                .map(|good| (good, stamp))
-                .map_err(|f| (file_fault(&path, f), stamp)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                // Gone between listing and reading; it is forgotten as if not listed.
-                followed.remove(&name);
-                continue;
-            }
-            Err(error) => Err((unreadable(&path, &error), stamp)),
-        };
-        let file = followed.entry(name).or_insert_with(|| {
-            *next_age += 1;
-            Followed { stamp, young: false, good: None, fault: None, age: *next_age }
-        });
-        file.stamp = match read {
-            Ok((good, stamp)) => {
-                file.good = Some(good);
-                file.fault = None;
-                stamp
-            }
-            Err((fault, stamp)) => {
-                file.fault = Some(fault);
-                stamp
-            }
-        };
-        file.young = file.stamp.is_young();
-    }
-}
-
-pub(super) fn file_fault(path: &Path, fault: Fault) -> FileFault {
-    FileFault { path: path.to_owned(), line: fault.line, message: fault.to_string() }
-}
-
-pub(super) fn unreadable(path: &Path, error: &io::Error) -> FileFault {
-    let message = if error.kind() == io::ErrorKind::InvalidData {
-        "not UTF-8 text; write YAML".to_owned()
-    } else {
-        format!("cannot be read ({error}); make it readable for the agent or remove it")
-    };
-    FileFault { path: path.to_owned(), line: 0, message }
-}
-
-/// A file's text and the stamp of what was read (not of what stood there when listed).
-pub(super) fn read_bounded(path: &Path) -> io::Result<(String, Stamp)> {
-    use io::Read as _;
-    let file = fs::File::open(path)?;
-    let stamp = Stamp::of(&file.metadata()?);
-    let mut text = String::new();
-    // One byte more than is allowed, so that the parser sees and names the excess.
-    file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text)?;
-    Ok((text, stamp))
 }
 
 #[cfg(test)]
