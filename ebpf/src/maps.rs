@@ -244,13 +244,24 @@ impl PolicyMaps for Kernel {
     }
 }
 
+/// The pod that answers for a flow: a network namespace made inside a pod is that pod's doing.
+#[inline(always)]
+fn owner_of(flow: &Flow) -> u64 {
+    if flow.task_netns != 0 && flow.task_netns != flow.netns && Kernel.pod(flow.netns).is_none() {
+        flow.task_netns
+    } else {
+        flow.netns
+    }
+}
+
 /// Counts a refusal and sends its event, within the endpoint's rate.
 #[inline(always)]
 pub fn report(flow: &Flow, decision: &Decision, ingress: bool, hook: u8, cgroup: u64) {
+    let owner = owner_of(flow);
     if decision.verdict as u8 == Verdict::Dropped as u8 {
-        count_drop(flow, decision, ingress);
+        count_drop(owner, flow, decision, ingress);
     }
-    if !within_rate(flow) {
+    if !within_rate(owner, flow.now) {
         count(counter::EVENTS_LIMITED);
         return;
     }
@@ -262,7 +273,7 @@ pub fn report(flow: &Flow, decision: &Decision, ingress: bool, hook: u8, cgroup:
     // SAFETY: the reservation is as large as an event and every byte is written.
     unsafe {
         (*event).time = flow.now;
-        (*event).netns = flow.netns;
+        (*event).netns = owner;
         (*event).cgroup = cgroup;
         (*event).revision = decision.revision;
         (*event).local = flow.local;
@@ -283,9 +294,9 @@ pub fn report(flow: &Flow, decision: &Decision, ingress: bool, hook: u8, cgroup:
 }
 
 #[inline(always)]
-fn count_drop(flow: &Flow, decision: &Decision, ingress: bool) {
+fn count_drop(owner: u64, flow: &Flow, decision: &Decision, ingress: bool) {
     let key = DropKey {
-        netns: flow.netns,
+        netns: owner,
         peer: flow.remote,
         port: if ingress { flow.local_port } else { flow.remote_port },
         reason: decision.reason as u16,
@@ -313,13 +324,13 @@ fn add(p: *mut u64) {
 
 /// True while the endpoint's events of this second (2^30 ns) are not used up.
 #[inline(always)]
-fn within_rate(flow: &Flow) -> bool {
+fn within_rate(owner: u64, now: u64) -> bool {
     let limit = match CONFIG.get(0) {
         Some(config) => config.events_per_second as u64,
         None => 0,
     };
-    let window = flow.now >> 30;
-    match RATE.get_ptr_mut(&flow.netns) {
+    let window = now >> 30;
+    match RATE.get_ptr_mut(&owner) {
         Some(rate) => {
             // SAFETY: a live map value; a race between CPUs costs a few events of accuracy.
             unsafe {
@@ -332,6 +343,6 @@ fn within_rate(flow: &Flow) -> bool {
             }
         }
         // No room: the drop counters still tell.
-        None => RATE.insert(&flow.netns, &RateWindow { window, sent: 1 }, 0).is_ok(),
+        None => RATE.insert(&owner, &RateWindow { window, sent: 1 }, 0).is_ok(),
     }
 }

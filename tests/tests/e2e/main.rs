@@ -6,6 +6,7 @@
 mod agent_dead;
 mod authority;
 mod bad_input;
+mod bypass;
 mod core;
 mod federation;
 mod first_packet;
