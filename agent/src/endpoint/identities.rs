@@ -5,7 +5,7 @@
 //! may hold it for any time.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
     sync::Arc,
     time::Duration,
 };
@@ -139,24 +139,50 @@ fn text_of(row: &IdentityName) -> Option<&str> {
     std::str::from_utf8(row.bytes.get(..usize::from(row.len))?).ok()
 }
 
+/// Policies that are gone and still have their number: events of theirs may be on their way.
+const DEPARTED: usize = 1024;
+
 /// Policy ↔ number, for as long as this process lives: policies are compiled anew at start,
 /// before any flow is judged by them.
 #[derive(Clone, Debug, Default)]
 pub struct PolicyNumbers {
     numbers: HashMap<PolicyName, u32>,
     policies: Arc<HashMap<u32, Arc<Policy>>>,
+    /// Oldest first.
+    departed: VecDeque<PolicyName>,
+    last: u32,
 }
 
 impl PolicyNumbers {
-    /// Gives every policy of `set` its number; a policy that changed keeps its own, so that
-    /// late events still name it.
+    /// Gives every policy of `set` its number; one that changed keeps its own, and one that is
+    /// gone keeps it for a while, so that late events still name it.
     pub fn update(&mut self, set: &PolicySet) {
         let mut policies = HashMap::with_capacity(set.policies.len() + set.carried.len());
+        let mut current = HashSet::with_capacity(policies.capacity());
         for policy in set.policies.iter().chain(&set.carried) {
-            // Never 0: that means "no policy". One number a name, so they cannot run out.
-            let next = self.numbers.len() as u32 + 1;
-            let number = *self.numbers.entry(policy.name.clone()).or_insert(next);
+            let number = *self.numbers.entry(policy.name.clone()).or_insert_with(|| {
+                // Never 0: that means "no policy". A number a name: four thousand million.
+                self.last = self.last.saturating_add(1);
+                self.last
+            });
             policies.insert(number, policy.clone());
+            current.insert(&policy.name);
+        }
+        self.departed.retain(|name| !current.contains(name));
+        for (number, policy) in self.policies.iter() {
+            if policies.contains_key(number) {
+                continue;
+            }
+            if !self.departed.contains(&policy.name) {
+                self.departed.push_back(policy.name.clone());
+            }
+            policies.insert(*number, policy.clone());
+        }
+        while self.departed.len() > DEPARTED {
+            let Some(name) = self.departed.pop_front() else { break };
+            if let Some(number) = self.numbers.remove(&name) {
+                policies.remove(&number);
+            }
         }
         self.policies = Arc::new(policies);
     }
@@ -166,7 +192,7 @@ impl PolicyNumbers {
         self.numbers.get(name).copied().unwrap_or(0)
     }
 
-    /// Number → policy.
+    /// Number → policy, those that are gone for a short while included.
     pub fn policies(&self) -> Arc<HashMap<u32, Arc<Policy>>> {
         self.policies.clone()
     }
@@ -175,6 +201,7 @@ impl PolicyNumbers {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy::model::{Action, Selector};
     use proptest::prelude::*;
 
     fn id(n: u32) -> SpiffeId {
@@ -242,5 +269,40 @@ mod tests {
         assert_eq!(table.forget(&used, Duration::ZERO).map(|f| f.1), None);
         let (_, old) = table.forget(&used, FORGET_AFTER + Duration::from_secs(1)).unwrap();
         assert_eq!(old, [two]);
+    }
+
+    fn set_of(names: &[&str]) -> PolicySet {
+        let policies = names.iter().map(|name| {
+            let name = PolicyName {
+                kind: "IdentityPolicy".into(),
+                namespace: "shop".into(),
+                name: (*name).into(),
+            };
+            Arc::new(Policy::new(name, Selector::default(), Action::Allow))
+        });
+        PolicySet { policies: policies.collect(), ..PolicySet::default() }
+    }
+
+    #[test]
+    fn a_policy_that_is_gone_still_has_its_name_for_a_while() {
+        let mut numbers = PolicyNumbers::default();
+        let one = set_of(&["one"]);
+        numbers.update(&one);
+        let number = numbers.number(&one.policies[0].name);
+        assert_ne!(number, 0);
+        numbers.update(&set_of(&["two"]));
+        assert_eq!(&*numbers.policies()[&number].name.name, "one");
+        numbers.update(&one);
+        assert_eq!(numbers.number(&one.policies[0].name), number, "it came back");
+
+        // Not for ever: many others came and went.
+        let names: Vec<String> = (0..2 * DEPARTED).map(|n| format!("p{n}")).collect();
+        for name in &names {
+            numbers.update(&set_of(&[name]));
+        }
+        assert!(!numbers.policies().contains_key(&number));
+        assert_eq!(numbers.policies().len(), DEPARTED + 1);
+        numbers.update(&one);
+        assert_ne!(numbers.number(&one.policies[0].name), number, "nobody's number twice");
     }
 }

@@ -24,7 +24,7 @@ use signet_ebpf::abi::{
 
 use super::{
     evaluate::{FlowFacts, Outcome, PeerIdentity, evaluate},
-    model::{Peer, Policy, PolicyName, Rule},
+    model::{Condition, Peer, Policy, PolicyName, Rule},
 };
 use crate::spiffe::{SpiffeId, TrustDomain};
 
@@ -123,10 +123,12 @@ fn compile_direction(
     }
     let hows: &[u8] =
         if input.observe { &[known::ADDRESS, known::AUTHENTICATED] } else { &[known::ADDRESS] };
-    let segments = segments(input.policies, direction);
     // Policy does not speak about other protocols; the kernel asks no rows for them.
     for protocol in [proto::TCP, proto::UDP] {
         for (&class, &representative) in &classes.representatives {
+            // What is about other addresses would only cost time.
+            let policies = about(input.policies, direction, representative);
+            let segments = segments(&policies, direction);
             let outcomes = |peer: PeerIdentity<'_>| -> Vec<PolicyValue> {
                 let at = |port: u16| {
                     let facts = FlowFacts {
@@ -139,7 +141,7 @@ fn compile_direction(
                         port,
                         protocol,
                     };
-                    value_of(input, &evaluate(input.policies, input.default_deny, &facts))
+                    value_of(input, &evaluate(&policies, input.default_deny, &facts))
                 };
                 segments.iter().map(|&(first, _)| at(first)).collect()
             };
@@ -278,6 +280,37 @@ fn prefixes(first: u16, last: u16) -> Vec<(u16, u8)> {
         from += 1 << free;
     }
     out
+}
+
+/// The policies less the rules that no flow with a peer at `ip` can match, whoever it is.
+fn about(policies: &[Arc<Policy>], direction: Direction, ip: IpAddr) -> Vec<Arc<Policy>> {
+    let excludes = |peer: &Peer| {
+        let within = |blocks: &[IpNet]| blocks.iter().any(|block| block.contains(&ip));
+        peer.targets.is_empty()
+            && ((!peer.ip_blocks.is_empty() && !within(&peer.ip_blocks))
+                || within(&peer.not_ip_blocks))
+    };
+    let is_about = |rule: &Rule| {
+        (rule.peers.is_empty() || !rule.peers.iter().all(excludes))
+            && !rule.when.iter().any(|c| matches!(c, Condition::Peer(peer) if excludes(peer)))
+    };
+    policies
+        .iter()
+        .map(|policy| {
+            let rules = policy.rules(direction);
+            // A rule that was not understood has a say in the reason, wherever the peer is.
+            let whole = rules.iter().any(|rule| !rule.unsupported.is_empty());
+            if whole || rules.iter().all(is_about) {
+                return policy.clone();
+            }
+            let mut narrowed = Policy::clone(policy);
+            match direction {
+                Direction::Ingress => narrowed.ingress.retain(is_about),
+                Direction::Egress => narrowed.egress.retain(is_about),
+            }
+            Arc::new(narrowed)
+        })
+        .collect()
 }
 
 /// Ports partitioned by the direction's ranges.

@@ -18,4 +18,5 @@ mod pid_reuse;
 mod policy;
 mod spiffe_clients;
 mod storm;
+mod swaps;
 mod transfer;
