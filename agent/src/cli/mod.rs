@@ -214,6 +214,22 @@ spec: {rules: [{from: [{source: {principals: [cluster.local/ns/shop/sa/front]}}]
         assert_eq!(check("shop/front", "shop/db:5432").unwrap(), Exit::Done);
         assert_eq!(check("shop/back", "shop/db:5432").unwrap(), Exit::No);
         assert_eq!(check("@192.0.2.1", "shop/db:5432").unwrap(), Exit::No);
+        // The override of a cluster's directory, and its default.
+        let in_dir = |more: &[&str]| {
+            let dir = dir.path().to_str().unwrap();
+            let asked = ["policy", "check", "--from", "shop/back", "--cluster-dir", dir];
+            exit_of(&[&asked, more].concat()).unwrap()
+        };
+        assert_eq!(in_dir(&["--to", "shop/db:5432"]), Exit::No);
+        let switch = dir.path().join("enforcement.yaml");
+        std::fs::write(&switch, "enforcement: audit").unwrap();
+        assert_eq!(in_dir(&["--to", "shop/db:5432"]), Exit::Done);
+        std::fs::remove_file(&switch).unwrap();
+        let other = text.replace("kind: AuthorizationPolicy", "kind: RequestAuthentication");
+        std::fs::write(file, other).unwrap();
+        assert_eq!(in_dir(&["--to", "shop/db:5432"]), Exit::Done);
+        assert_eq!(in_dir(&["--to", "shop/db:5432", "--default-action", "deny"]), Exit::No);
+        std::fs::write(file, text).unwrap();
         assert_eq!(check("shop/front", "shop/gone:5432").unwrap_err().exit, Exit::Input);
         assert_eq!(check("shop/front", "shop/db").unwrap_err().exit, Exit::Usage);
         assert_eq!(exit_of(&["policy", "validate", file]).unwrap(), Exit::Done);

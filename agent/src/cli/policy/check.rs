@@ -14,9 +14,11 @@ use crate::{
         table::printable,
     },
     cluster::{
-        files::{FEDERATION_FILE, FilesParams},
+        files::{ENFORCEMENT_FILE, FEDERATION_FILE, FilesParams},
+        manifest,
         offline::{self, Manifests},
     },
+    config::values::DefaultAction,
     endpoint::check::{self, Question, Setting},
     proto::admin::{
         CheckPolicyRequest, CheckPolicyResponse, CheckedPolicy, CheckedSide,
@@ -61,6 +63,10 @@ pub struct CheckArgs {
     /// With manifests: the cluster's own trust domain
     #[arg(long, value_name = "name", default_value = "cluster.local", value_parser = parse_domain)]
     trust_domain: TrustDomain,
+    /// With manifests: what passes where no ALLOW selects and no label says (the agents'
+    /// defaultAction)
+    #[arg(long, value_name = "allow|deny", default_value = "allow", value_parser = DefaultAction::parse)]
+    default_action: DefaultAction,
     #[command(flatten)]
     offline: OfflineArgs,
     /// How it is shown
@@ -115,10 +121,20 @@ fn offline_answer(args: &CheckArgs) -> Result<CheckPolicyResponse, Failure> {
     };
     let params = FilesParams {
         root_namespace: args.offline.root_namespace.as_str().into(),
+        default_deny: args.default_action == DefaultAction::Deny,
         ..FilesParams::new(domain.clone())
     };
     let world = manifests.world(&params, federation);
-    let answer = check::check(&world, &Setting::default(), &question).map_err(unreadable)?;
+    let mut setting = Setting::default();
+    if let Some(path) = args.cluster_dir.as_ref().map(|dir| dir.join(ENFORCEMENT_FILE))
+        && path.exists()
+    {
+        let text = offline::text_of(&path).map_err(unreadable)?;
+        let word = manifest::read_enforcement(&text)
+            .map_err(|fault| unreadable(format!("{}: {fault}", path.display())))?;
+        setting.enforcement = word.number();
+    }
+    let answer = check::check(&world, &setting, &question).map_err(unreadable)?;
     Ok(policies::response("", &answer))
 }
 
