@@ -4,6 +4,7 @@
 //! `SIGNET_MASK_FEATURES=5.15`), so it asks the lab for addresses and never assumes a family.
 
 mod agent_dead;
+mod agreement;
 mod authority;
 mod bad_input;
 mod bypass;
