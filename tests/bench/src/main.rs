@@ -4,6 +4,7 @@
 
 mod agent_start;
 mod certificates;
+mod policy_compile;
 mod results;
 
 use std::path::PathBuf;
@@ -36,6 +37,8 @@ enum Case {
     /// Seconds from an agent's start until every pod of its node is served, each pod under an
     /// account of its own.
     AgentStart,
+    /// Milliseconds to read and compile policies at three sizes, and after one change.
+    PolicyCompile,
 }
 
 fn main() -> Result<()> {
@@ -46,6 +49,7 @@ fn main() -> Result<()> {
         match case {
             Case::Certificates => certificates::run(arguments.quick, &mut results)?,
             Case::AgentStart => agent_start::run(arguments.quick, &mut results)?,
+            Case::PolicyCompile => policy_compile::run(arguments.quick, &mut results)?,
         }
     }
     results.print();
