@@ -45,7 +45,7 @@ fn message(edge: &Edge, seen: &Seen) -> SeenEdge {
     }
 }
 
-fn end(end: &End) -> EdgeEnd {
+pub(super) fn end(end: &End) -> EdgeEnd {
     match end {
         End::Workload { namespace, account } => EdgeEnd {
             namespace: (**namespace).into(),

@@ -4,7 +4,8 @@
 //! The daemon provides [`StatusInputs`], a plain picture of the moment; everything else
 //! here is pure.
 
-pub mod edges;
+pub mod diff;
+mod edges;
 pub mod endpoints;
 pub mod inputs;
 pub mod policies;
@@ -25,9 +26,10 @@ use self::policies::Unanswered;
 use crate::{
     flow::{Edges, FlowLog},
     proto::admin::{
-        CheckPolicyRequest, CheckPolicyResponse, EndpointsRequest, EndpointsResponse,
-        ListEdgesRequest, ListEdgesResponse, ListPoliciesRequest, ListPoliciesResponse,
-        ListSvidsRequest, ListSvidsResponse, StatusRequest, StatusResponse,
+        CheckPolicyRequest, CheckPolicyResponse, DiffPoliciesRequest, DiffPoliciesResponse,
+        EndpointsRequest, EndpointsResponse, ListEdgesRequest, ListEdgesResponse,
+        ListPoliciesRequest, ListPoliciesResponse, ListSvidsRequest, ListSvidsResponse,
+        StatusRequest, StatusResponse,
         admin_server::{self, AdminServer},
     },
 };
@@ -59,6 +61,14 @@ impl Admin {
         tokio::task::spawn_blocking(move || provider())
             .await
             .map_err(|e| Status::internal(format!("the agent's state cannot be read: {e}")))
+    }
+}
+
+fn refusal(error: &Unanswered) -> Status {
+    match error {
+        Unanswered::Early => Status::unavailable(error.to_string()),
+        Unanswered::Question(_) => Status::invalid_argument(error.to_string()),
+        Unanswered::Check(_) => Status::failed_precondition(error.to_string()),
     }
 }
 
@@ -109,18 +119,28 @@ impl admin_server::Admin for Admin {
         Ok(Response::new(policies::list(&inputs, &self.log.hits())))
     }
 
+    async fn diff_policies(
+        &self,
+        request: Request<DiffPoliciesRequest>,
+    ) -> Result<Response<DiffPoliciesResponse>, Status> {
+        let inputs = self.inputs().await?;
+        let edges = self.edges.clone();
+        let request = request.into_inner();
+        // Thousands of verdicts take a while.
+        tokio::task::spawn_blocking(move || diff::answer(&inputs, &edges, &request))
+            .await
+            .map_err(|e| Status::internal(format!("the policies cannot be compared: {e}")))?
+            .map(Response::new)
+            .map_err(|error| refusal(&error))
+    }
+
     async fn check_policy(
         &self,
         request: Request<CheckPolicyRequest>,
     ) -> Result<Response<CheckPolicyResponse>, Status> {
         let inputs = self.inputs().await?;
-        match policies::answer(&inputs, &request.into_inner()) {
-            Ok(answer) => Ok(Response::new(answer)),
-            Err(error @ Unanswered::Early) => Err(Status::unavailable(error.to_string())),
-            Err(error @ Unanswered::Question(_)) => {
-                Err(Status::invalid_argument(error.to_string()))
-            }
-            Err(error) => Err(Status::failed_precondition(error.to_string())),
-        }
+        policies::answer(&inputs, &request.into_inner())
+            .map(Response::new)
+            .map_err(|error| refusal(&error))
     }
 }

@@ -66,6 +66,16 @@ async fn ask_one(
     }
 }
 
+/// An end as people read it: `shop/frontend`, a SPIFFE ID, a network, `others`.
+pub fn name_of(end: &EdgeEnd) -> String {
+    match (&*end.namespace, &*end.identity, &*end.network) {
+        ("", "", "") => "others".into(),
+        ("", "", network) => network.into(),
+        ("", identity, _) => identity.into(),
+        (namespace, ..) => format!("{namespace}/{}", end.service_account),
+    }
+}
+
 /// The server's side of an edge that the server's own node reports, when that is in `namespace`.
 pub fn arrives_in<'a>(edge: &'a SeenEdge, namespace: &str) -> Option<(&'a EdgeEnd, &'a EdgeEnd)> {
     let (source, destination) = (edge.source.as_ref()?, edge.destination.as_ref()?);

@@ -1,6 +1,7 @@
 //! `signet policy …`.
 
 mod check;
+mod diff;
 mod list;
 mod suggest;
 mod validate;
@@ -17,6 +18,8 @@ pub enum PolicyCommand {
     List(list::ListArgs),
     /// Say what would become of a flow, rule by rule.
     Check(check::CheckArgs),
+    /// Say which of the flows that were seen other policies would change.
+    Diff(diff::DiffArgs),
     /// Write the least policies that what was seen coming in needs.
     Suggest(suggest::SuggestArgs),
     /// Read policies and say what is wrong with them, by file and line.
@@ -28,6 +31,7 @@ pub async fn run(command: PolicyCommand) -> Result<Exit, Failure> {
     match command {
         PolicyCommand::List(args) => list::run(args).await,
         PolicyCommand::Check(args) => check::run(args).await,
+        PolicyCommand::Diff(args) => diff::run(args).await,
         PolicyCommand::Suggest(args) => suggest::run(args).await,
         PolicyCommand::Validate(args) => validate::run(&args),
     }

@@ -116,7 +116,16 @@ pub async fn within_time<T>(
     agent: &Agent,
     answer: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
 ) -> Result<T, Failure> {
-    match tokio::time::timeout(TIMEOUT, answer).await {
+    within(TIMEOUT, agent, answer).await
+}
+
+/// An agent's answer, if it comes within `limit`.
+pub async fn within<T>(
+    limit: Duration,
+    agent: &Agent,
+    answer: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+) -> Result<T, Failure> {
+    match tokio::time::timeout(limit, answer).await {
         Ok(Ok(answer)) => Ok(answer.into_inner()),
         Ok(Err(status)) => Err(Failure::refused(&agent.socket, &status)),
         Err(_) => Err(Failure::new(

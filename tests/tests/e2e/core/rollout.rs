@@ -3,11 +3,15 @@
 use std::{fs, os::unix::fs::PermissionsExt};
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
-use signet_lab::{agent::Agent, cluster_dir::ObjectKey, eventually};
+use serde_json::{Value, json};
+use signet_lab::{
+    agent::Agent,
+    cluster_dir::{ObjectKey, to_yaml},
+    eventually,
+};
 
 use crate::mesh::{
-    HTTP, Mesh, TCP, TIMEOUT, answered, answered_soon, refused_soon, verdict, with_logs,
+    HTTP, Mesh, TCP, TIMEOUT, answered, answered_soon, policy, refused_soon, verdict, with_logs,
 };
 
 /// `signet rollout check NS --to MODE`: its exit code and findings.
@@ -133,6 +137,78 @@ fn policies_suggested_from_what_was_seen_let_the_same_pass_and_nothing_else() ->
             answered_soon(frontend, payments.at(TCP))?;
             ensure!(frontend.curl(&payments.url(HTTP, "/seen"))?.code() == 0);
         }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_diff_names_exactly_the_flows_that_then_change() -> Result<()> {
+    let mesh = Mesh::start(Some("permissive"))?;
+    with_logs(&mesh, |mesh| {
+        let Mesh { lab, frontend, intruder, payments, reports, .. } = mesh;
+        let agent = lab.agent("node-2")?;
+        let to = payments.at(TCP);
+        for client in [frontend, intruder, reports] {
+            answered_soon(client, to)?;
+        }
+        let written = |name: &str, text: &str| -> Result<String> {
+            let path = lab.directory().join(name);
+            fs::write(&path, text)?;
+            Ok(path.display().to_string())
+        };
+        let only_frontend = to_yaml(&policy(
+            "payments-callers",
+            "Allow",
+            "payments",
+            json!([{"from": [{"serviceAccounts": ["frontend"]}]}]),
+        ))?;
+        let file = written("proposed.yaml", &only_frontend)?;
+        let diff = || -> Result<(i32, Vec<Value>)> {
+            let answer = agent.cli(&["policy", "diff", "-f", &file, "-n", "shop", "-o", "json"])?;
+            let changes = answer.stdout.lines().map(serde_json::from_str).collect::<Result<_, _>>();
+            Ok((answer.code(), changes.with_context(|| format!("{answer:?}"))?))
+        };
+        let subjects = |changes: &[Value]| -> Vec<String> {
+            let mut all: Vec<String> = changes
+                .iter()
+                .map(|change| change["subject"].as_str().unwrap_or_default().to_owned())
+                .collect();
+            all.sort();
+            all
+        };
+        let changes = eventually("both callers were seen", TIMEOUT, || {
+            let (code, changes) = diff()?;
+            ensure!(code == 1 && changes.len() == 2, "{code}: {changes:?}");
+            Ok(Some(changes))
+        })?;
+        let expected = [
+            format!("legacy/default -> shop/payments:{TCP} tcp"),
+            format!("shop/intruder -> shop/payments:{TCP} tcp"),
+        ];
+        ensure!(subjects(&changes) == expected, "{changes:?}");
+        for change in &changes {
+            ensure!(change["before"]["verdict"] == "FORWARDED", "{change}");
+            ensure!(change["after"]["verdict"] == "DROPPED", "{change}");
+            ensure!(change["after"]["reason"] == "policy_no_match", "{change}");
+            let by = &change["after"]["policy"];
+            ensure!(by == "IdentityPolicy/shop/payments-callers", "{change}");
+        }
+        let text = agent.cli(&["policy", "diff", "-f", &file])?;
+        ensure!(text.stdout.contains("2 of 3 kinds of flows"), "{text:?}");
+
+        // It is as it was told: those two, and not the third; then nothing is left to change.
+        lab.cluster().apply_yaml(&only_frontend)?;
+        for client in [intruder, reports] {
+            refused_soon(client, to)?;
+        }
+        answered(frontend, to, "still")?;
+        let (code, changes) = diff()?;
+        ensure!(code == 0 && changes.is_empty(), "{code}: {changes:?}");
+
+        let namespace = "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop}\n";
+        let file = written("namespace.yaml", namespace)?;
+        let refused = agent.cli(&["policy", "diff", "-f", &file])?;
+        ensure!(refused.code() == 3 && refused.stderr.contains("namespace.yaml:1"), "{refused:?}");
         Ok(())
     })
 }
