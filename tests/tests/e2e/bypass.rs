@@ -9,7 +9,15 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
-use signet_lab::{pod::Pod, traffic::reports::TcpServerReport};
+use signet_lab::{
+    LabOptions,
+    pod::Pod,
+    traffic::{
+        Role,
+        reports::{HoldReport, TcpServerReport},
+        roles::Hold,
+    },
+};
 
 use crate::mesh::{Mesh, TCP, TIMEOUT, answered_soon, refused_soon, verdict, with_logs};
 
@@ -293,6 +301,43 @@ fn the_agents_own_ports_lead_nowhere() -> Result<()> {
         })?;
         // The control: it is no worse for that.
         answered_soon(intruder, payments.at(TCP))?;
+        Ok(())
+    })
+}
+
+#[test]
+fn sockets_from_before_the_agent_do_not_outlive_its_start() -> Result<()> {
+    let mesh = Mesh::without_agents(LabOptions::default(), Some("strict"))?;
+    with_logs(&mesh, |mesh| {
+        let Mesh { lab, frontend, payments, reports, .. } = mesh;
+        // Nobody is there to refuse it: in clear to a pod that will be enforced, and to one
+        // that will not.
+        let hold = |to| Role::Hold(Hold { to, ..Hold::default() });
+        let mut towards_enforced = frontend.start(&hold(payments.at(TCP)))?;
+        let mut towards_outside = frontend.start(&hold(reports.at(TCP)))?;
+        // The control: a pod that is not enforced keeps its own.
+        let mut outside = reports.start(&hold(reports.at(TCP)))?;
+        for held in [&towards_enforced, &towards_outside, &outside] {
+            held.wait_event("open", TIMEOUT)?;
+        }
+        lab.start_agents()?;
+        for pod in [frontend, payments] {
+            lab.wait_state(pod, "served")?;
+        }
+        for held in [&mut towards_enforced, &mut towards_outside] {
+            let report: HoldReport = held.report(TIMEOUT)?;
+            ensure!(report.opened == 1, "{report:?}");
+            let outcome = &report.closed[0].outcome;
+            ensure!(outcome != "told" && !outcome.ends_with(":EOF"), "{report:?}");
+        }
+        lab.agent("node-1")?.wait_flow("it is reported", &["--ends"], |flow| {
+            flow.source.full_name() == "shop/frontend" && flow.reason == "right_withdrawn"
+        })?;
+        ensure!(outside.ended().is_none(), "the control ended: {}", outside.said());
+        outside.finish();
+        let report: HoldReport = outside.report(TIMEOUT)?;
+        ensure!(report.closed.iter().all(|closed| closed.outcome == "told"), "{report:?}");
+        answered_soon(frontend, payments.at(TCP))?;
         Ok(())
     })
 }

@@ -10,8 +10,8 @@ use signet_lab::{
     pod::Pod,
     traffic::{
         Role,
-        reports::{UdpReport, UdpServerReport},
-        roles::UdpClient,
+        reports::{SpoofReport, UdpReport, UdpServerReport},
+        roles::{Spoof, UdpClient},
     },
 };
 
@@ -159,6 +159,24 @@ fn forged_sources_leave_no_enforced_pod() -> Result<()> {
                 flow.is("DROPPED", "identity_mismatch") && flow.direction == "egress"
             })?;
             ensure!(received(reports)? == before + 1, "a datagram in the name of {stolen} arrived");
+
+            // A raw socket, with a header of its own, meets the hooks of every socket.
+            let role = |from| Spoof {
+                from: (from, FORGED).into(),
+                to: (to, UDP).into(),
+                udp: true,
+                text: "raw".into(),
+                ..Spoof::default()
+            };
+            if to.is_ipv4() {
+                let sent: SpoofReport = intruder.run(&Role::Spoof(role(stolen)), TIMEOUT)?;
+                ensure!(received(reports)? == before + 1, "a raw packet arrived: {sent:?}");
+                let sent: SpoofReport = attack.outlaw.run(&Role::Spoof(role(stolen)), TIMEOUT)?;
+                ensure!(sent.sent == 1, "{sent:?}");
+                eventually("the control's raw packet arrives", CHANGE, || {
+                    Ok((received(reports)? == before + 2).then_some(()))
+                })?;
+            }
         }
         Ok(())
     })
