@@ -393,18 +393,6 @@ pub struct UdpFlow {
     pub revision: u64,
 }
 
-/// A flow that the raw guard lets out; key: a [`FlowKey`] with the IP protocol.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct GuardFlow {
-    /// Last time that a socket's packet was seen, or when the connection was closed.
-    pub last: u64,
-    /// 1: a connection of the agent that is open, whatever its age.
-    pub open: u32,
-    /// Zero.
-    pub pad: u32,
-}
-
 /// A datagram of which the first fragment left a pod.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
@@ -423,6 +411,10 @@ pub struct FragmentKey {
 
 /// What arrived at a pod longer ago than this is not answered any more.
 pub const ARRIVED_NS: u64 = 60_000_000_000;
+
+/// A flow whose sockets sent nothing for longer than this is over for the raw guard: the kernel
+/// goes on answering for a closed connection for a minute (TIME_WAIT).
+pub const GUARD_FLOW_NS: u64 = 120_000_000_000;
 
 /// Key of the drop counters; never lossy for its key.
 #[repr(C)]
@@ -532,8 +524,8 @@ pub mod counter {
     pub const UNKNOWN_REFUSED: u32 = 8;
     /// Connects of unregistered pods left alone because the agent is dead.
     pub const UNKNOWN_PASSED: u32 = 9;
-    /// Flows for the raw guard that found no room.
-    pub const GUARD_FULL: u32 = 10;
+    /// Tunnels for the raw guard that found no room.
+    pub const TUNNELS_FULL: u32 = 10;
     /// Frames that the raw guard dropped.
     pub const GUARD_DROPPED: u32 = 11;
     /// How many there are.
@@ -603,7 +595,6 @@ const _: () = {
     assert!(size_of::<UdpFlow>() == 16);
     assert!(size_of::<PolicyKey>() == 20);
     assert!(size_of::<PolicyValue>() == 8);
-    assert!(size_of::<GuardFlow>() == 16);
     assert!(size_of::<FragmentKey>() == 48);
     assert!(size_of::<DropKey>() == 32);
     assert!(size_of::<RateWindow>() == 16);
@@ -651,7 +642,6 @@ mod user {
         Handover,
         Attestation,
         UdpFlow,
-        GuardFlow,
         FragmentKey,
         PolicyKey,
         PolicyValue,

@@ -15,13 +15,16 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 use signet_ebpf::{
-    abi::{FlowKey, GuardFlow, Mode, UdpFlow, counter, feature, hook, proto},
+    abi::{FlowKey, Mode, UdpFlow, counter, feature, hook, proto},
     decide::{Action, Decision, Flow, PolicyMaps, decide_egress, decide_ingress},
     guard::{self, Frame, tcp},
 };
 
 const PASS: i32 = 1;
 const DROP: i32 = 0;
+
+/// How stale the note of a flow for the guard may get.
+const NOTE_AGAIN_NS: u64 = 1_000_000_000;
 
 /// A UDP flow that was quiet for longer is a new one.
 const UDP_IDLE_NS: u64 = 120_000_000_000;
@@ -39,7 +42,10 @@ pub fn skb_egress(ctx: SkBuffContext) -> i32 {
     if filter(&ctx, &packet, false) == DROP {
         return DROP;
     }
-    if is_guarding() { record(&ctx, &packet) } else { PASS }
+    if is_guarding() {
+        record(&ctx, &packet);
+    }
+    PASS
 }
 
 /// True while some pod of this node has a raw guard.
@@ -53,10 +59,10 @@ fn is_guarding() -> bool {
 
 /// Notes the flow of a packet that an enforced pod's socket may send, for the guard.
 #[inline(always)]
-fn record(ctx: &SkBuffContext, packet: &Frame) -> i32 {
+fn record(ctx: &SkBuffContext, packet: &Frame) {
     // Later fragments follow their first one; loopback never meets the guard.
     if packet.later_fragment || packet.destination.is_local_by_nature() {
-        return PASS;
+        return;
     }
     let netns = netns_of(ctx);
     let is_enforced = |netns| match Kernel.pod(netns) {
@@ -69,20 +75,21 @@ fn record(ctx: &SkBuffContext, packet: &Frame) -> i32 {
         key.netns = task::netns_of_packet(ctx.skb.skb);
         guard::forward(&mut key);
         if !is_enforced(key.netns) {
-            return PASS;
+            return;
         }
     }
     let now = now();
-    if let Some(flow) = GUARD_FLOWS.get_ptr_mut(&key) {
-        // SAFETY: a live map value.
-        unsafe { (*flow).last = now };
-        return PASS;
+    if let Some(last) = GUARD_FLOWS.get_ptr_mut(&key) {
+        // SAFETY: a live map value. Each second is often enough, and spares the cache.
+        unsafe {
+            if now.wrapping_sub(*last) > NOTE_AGAIN_NS {
+                *last = now;
+            }
+        }
+        return;
     }
-    if GUARD_FLOWS.insert(&key, &GuardFlow { last: now, open: 0, pad: 0 }, 0).is_err() {
-        count(counter::GUARD_FULL);
-        return DROP;
-    }
-    PASS
+    // Without it the guard drops the packet.
+    let _ = GUARD_FLOWS.insert(&key, &now, 0);
 }
 
 /// The network namespace of the packet's socket.

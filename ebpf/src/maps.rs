@@ -14,8 +14,8 @@ use core::ffi::c_void;
 use signet_ebpf::{
     abi::{
         AddressEntry, Attestation, Config, DropKey, Event, ExemptKey, FlowKey, FragmentKey,
-        GuardFlow, Handover, Ip, ListenerKey, OwnAddressKey, PodEntry, PolicyKey, PolicyValue,
-        RateWindow, ServiceKey, UdpFlow, Verdict, counter,
+        Handover, Ip, ListenerKey, OwnAddressKey, PodEntry, PolicyKey, PolicyValue, RateWindow,
+        ServiceKey, UdpFlow, Verdict, counter,
     },
     decide::{Decision, Flow, PolicyMaps},
 };
@@ -61,9 +61,14 @@ pub static UDP_FLOWS: HashMap<FlowKey, UdpFlow> = HashMap::pinned(131_072, BPF_F
 /// Devices of this node with a raw guard: interface → the pod's network namespace.
 #[map]
 pub static GUARDED: HashMap<u32, u64> = HashMap::pinned(MAX_PODS, BPF_F_NO_PREALLOC);
-/// Flows that may leave a guarded pod.
+/// Flows of guarded pods' own sockets, and when one of their packets was seen last. A pod may
+/// fill it: an eviction is harmless, because the hook that writes it runs for each packet just
+/// before the guard reads it. Also tunnels that were closed, whose last answers may get lost.
 #[map]
-pub static GUARD_FLOWS: HashMap<FlowKey, GuardFlow> = HashMap::pinned(262_144, BPF_F_NO_PREALLOC);
+pub static GUARD_FLOWS: LruHashMap<FlowKey, u64> = LruHashMap::pinned(MAX_HANDOVERS, 0);
+/// The agent's open connections inside pods' network namespaces, written once each.
+#[map]
+pub static TUNNELS: HashMap<FlowKey, u64> = HashMap::pinned(131_072, BPF_F_NO_PREALLOC);
 /// When a packet of a flow without a socket arrived at a guarded pod: an eviction only keeps
 /// the pod from answering.
 #[map]

@@ -18,12 +18,13 @@ use aya_ebpf::{
     programs::{TcContext, sk_buff::SkBuff},
 };
 use maps::{
-    ADDRESSES, ARRIVED, CONFIG, FRAGMENTS, GUARD_FLOWS, GUARDED, Kernel, count, now, report,
+    ADDRESSES, ARRIVED, CONFIG, FRAGMENTS, GUARD_FLOWS, GUARDED, Kernel, TUNNELS, count, now,
+    report,
 };
 use signet_ebpf::{
     abi::{
-        ARRIVED_NS, FlowKey, FragmentKey, IDENTITY_WORLD, Ip, Mode, PodEntry, Reason, Verdict,
-        counter, enforcement, hook,
+        ARRIVED_NS, FlowKey, FragmentKey, GUARD_FLOW_NS, IDENTITY_WORLD, Ip, Mode, PodEntry,
+        Reason, Verdict, counter, enforcement, hook,
     },
     decide::{Action, Decision, Flow, PolicyMaps},
     guard::{self, Frame, FrameVerdict, GuardMaps, Kind, judge_frame},
@@ -73,7 +74,7 @@ pub fn guard_in(ctx: TcContext) -> i32 {
         return NEXT;
     }
     let key = guard::flow_of(netns, &frame).mirrored();
-    if GUARD_FLOWS.get_ptr(&key).is_some() {
+    if Guard.has_flow(&key) {
         return NEXT;
     }
     let now = now();
@@ -181,7 +182,15 @@ impl GuardMaps for Guard {
 
     #[inline(always)]
     fn has_flow(&self, key: &FlowKey) -> bool {
-        GUARD_FLOWS.get_ptr(key).is_some()
+        // Most of what an enforced pod sends is its tunnels'.
+        if TUNNELS.get_ptr(key).is_some() {
+            return true;
+        }
+        // SAFETY: a time, replaced whole.
+        match unsafe { GUARD_FLOWS.get(key) } {
+            Some(last) => now().wrapping_sub(*last) < GUARD_FLOW_NS,
+            None => false,
+        }
     }
 
     #[inline(always)]

@@ -6,8 +6,8 @@
 //! completes, and the map entry goes.
 
 use crate::maps::{
-    ACCEPTED, ATTESTED, CLIENT_OF, CLIENTS, CONFIG, GUARD_FLOWS, ORIGINALS, PROBES, SHOWN, count,
-    now, read, store, stored,
+    ACCEPTED, ATTESTED, CLIENT_OF, CLIENTS, CONFIG, GUARD_FLOWS, ORIGINALS, PROBES, SHOWN, TUNNELS,
+    count, now, read, store, stored,
 };
 use aya_ebpf::{
     EbpfContext,
@@ -23,7 +23,7 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 use core::ffi::c_void;
-use signet_ebpf::abi::{Attestation, FlowKey, GuardFlow, Ip, counter, proto};
+use signet_ebpf::abi::{Attestation, FlowKey, Ip, counter, proto};
 
 const AF_INET6: u32 = 10;
 
@@ -199,14 +199,15 @@ fn record_tunnel(key: &FlowKey) -> bool {
         Some(config) => config.host_netns,
         None => return false,
     };
-    if key.netns == host || key.local.is_local_by_nature() || key.remote.is_local_by_nature() {
+    // To the application itself nothing leaves the pod.
+    let inside = key.local == key.remote || key.remote.is_local_by_nature();
+    if key.netns == host || inside {
         return false;
     }
     let key = FlowKey { family: proto::TCP as u32, ..*key };
-    let flow = GuardFlow { last: now(), open: 1, pad: 0 };
-    if GUARD_FLOWS.insert(&key, &flow, 0).is_err() {
+    if TUNNELS.insert(&key, &now(), 0).is_err() {
         // Its packets do not leave a guarded pod.
-        count(counter::GUARD_FULL);
+        count(counter::TUNNELS_FULL);
         return false;
     }
     true
@@ -216,12 +217,8 @@ fn record_tunnel(key: &FlowKey) -> bool {
 #[inline(always)]
 fn close_tunnel(key: &FlowKey) {
     let key = FlowKey { family: proto::TCP as u32, ..*key };
-    if let Some(flow) = GUARD_FLOWS.get_ptr_mut(&key) {
-        // SAFETY: a live map value.
-        unsafe {
-            (*flow).open = 0;
-            (*flow).last = now();
-        }
+    if TUNNELS.remove(&key).is_ok() {
+        let _ = GUARD_FLOWS.insert(&key, &now(), 0);
     }
 }
 

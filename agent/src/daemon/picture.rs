@@ -148,7 +148,7 @@ impl Picture {
             ("CLIENTS", counter::CLIENTS_FULL),
             ("UDP_FLOWS", counter::UDP_FULL),
             ("ATTESTED", counter::ATTESTED_FULL),
-            ("GUARD_FLOWS", counter::GUARD_FULL),
+            ("TUNNELS", counter::TUNNELS_FULL),
         ];
         let get = |index| self.counters.get(index).ok();
         let mut all: Vec<_> = EVENTS

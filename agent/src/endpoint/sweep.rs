@@ -4,7 +4,6 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use aya::Pod;
-use signet_ebpf::abi::{GuardFlow, proto};
 
 use crate::kernel::{KernelError, Maps, maps::Table};
 
@@ -12,10 +11,6 @@ use crate::kernel::{KernelError, Maps, maps::Table};
 const HANDOVER: Duration = Duration::from_secs(60);
 /// As long as the programs take a quiet UDP flow for one.
 const UDP: Duration = Duration::from_secs(120);
-/// The kernel goes on answering for a closed connection for a minute (TIME_WAIT).
-const GUARDED_TCP: Duration = Duration::from_secs(120);
-/// Each packet of a socket notes its flow anew.
-const GUARDED_OTHER: Duration = Duration::from_secs(30);
 /// A probe is over within seconds; its row goes when it closes.
 const ATTESTATION: Duration = Duration::from_secs(24 * 3600);
 
@@ -33,11 +28,7 @@ pub fn sweep(maps: &mut Maps, registered: &BTreeSet<u64>, now: u64) -> Result<()
     drop_rows(&mut maps.originals, |_, v| old(v.time, HANDOVER))?;
     drop_rows(&mut maps.clients, |_, v| old(v.time, HANDOVER))?;
     drop_rows(&mut maps.udp_flows, |k, v| old(v.last, UDP) || gone(k.netns))?;
-    drop_rows(&mut maps.guard_flows, |key, flow| {
-        let tcp = key.family == u32::from(proto::TCP);
-        let limit = if tcp { GUARDED_TCP } else { GUARDED_OTHER };
-        gone(key.netns) || (flow.open == 0 && old(flow.last, limit))
-    })?;
+    drop_rows(&mut maps.tunnels, |key, _| gone(key.netns))?;
     drop_rows(&mut maps.attested, |_, v| old(v.time, ATTESTATION))?;
     drop_rows(&mut maps.drops, |k, _| gone(k.netns))?;
     drop_rows(&mut maps.rate, |netns, _| gone(*netns))
@@ -56,17 +47,12 @@ pub fn forget_revisions(maps: &mut Maps) -> Result<(), KernelError> {
     Ok(())
 }
 
-/// Takes every connection of an earlier process for closed: nobody tells when it was.
+/// Forgets the connections of an earlier process: they ended with it.
 ///
 /// # Errors
 /// Where the map cannot be read or written.
-pub fn forget_tunnels(maps: &mut Maps, now: u64) -> Result<(), KernelError> {
-    for (key, flow) in maps.guard_flows.rows()? {
-        if flow.open != 0 {
-            maps.guard_flows.set(key, GuardFlow { last: now, open: 0, pad: 0 })?;
-        }
-    }
-    Ok(())
+pub fn forget_tunnels(maps: &mut Maps) -> Result<(), KernelError> {
+    drop_rows(&mut maps.tunnels, |_, _| true)
 }
 
 fn drop_rows<K: Pod, V: Pod>(

@@ -10,9 +10,9 @@ use aya::{
     },
 };
 use signet_ebpf::abi::{
-    AddressEntry, Attestation, Config, DropKey, ExemptKey, FlowKey, GuardFlow, Handover,
-    IdentityName, Ip, ListenerKey, OwnAddressKey, PodEntry, PolicyKey, PolicyValue, RateWindow,
-    ServiceKey, UdpFlow, counter,
+    AddressEntry, Attestation, Config, DropKey, ExemptKey, FlowKey, Handover, IdentityName, Ip,
+    ListenerKey, OwnAddressKey, PodEntry, PolicyKey, PolicyValue, RateWindow, ServiceKey, UdpFlow,
+    counter,
 };
 
 use super::KernelError;
@@ -34,7 +34,7 @@ pub const MAX_POLICY_ENTRIES: u32 = 4096;
 const MAX_IDENTITIES: u32 = 65_536;
 
 /// Names of the maps that are pinned; both objects share them.
-pub(super) const PINNED: [&str; 27] = [
+pub(super) const PINNED: [&str; 28] = [
     "CONFIG",
     "PODS",
     "CGROUPS",
@@ -52,6 +52,7 @@ pub(super) const PINNED: [&str; 27] = [
     "UDP_FLOWS",
     "GUARDED",
     "GUARD_FLOWS",
+    "TUNNELS",
     "ARRIVED",
     "FRAGMENTS",
     "DROPS",
@@ -88,7 +89,7 @@ pub struct Maps {
     pub cut: Table<FlowKey, u64>,
     pub udp_flows: Table<FlowKey, UdpFlow>,
     pub guarded: Table<u32, u64>,
-    pub guard_flows: Table<FlowKey, GuardFlow>,
+    pub tunnels: Table<FlowKey, u64>,
     pub drops: Table<DropKey, u64>,
     pub rate: Table<u64, RateWindow>,
     pub identities: Table<u32, IdentityName>,
@@ -130,7 +131,7 @@ impl Maps {
             cut: Table::take(ebpf, "CUT")?,
             udp_flows: Table::take(ebpf, "UDP_FLOWS")?,
             guarded: Table::take(ebpf, "GUARDED")?,
-            guard_flows: Table::take(ebpf, "GUARD_FLOWS")?,
+            tunnels: Table::take(ebpf, "TUNNELS")?,
             drops: Table::take(ebpf, "DROPS")?,
             rate: Table::take(ebpf, "RATE")?,
             identities: Table { name: "IDENTITIES", map: identities },

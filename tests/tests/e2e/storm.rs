@@ -121,6 +121,8 @@ fn storm(
 #[derive(Debug)]
 struct Held {
     maps: Vec<(&'static str, usize)>,
+    /// Connections that the raw guard knows of: pooled ones, each a descriptor.
+    tunnels: usize,
     usage: signet_lab::agent::Usage,
     open_flows: u64,
 }
@@ -128,19 +130,21 @@ struct Held {
 impl Held {
     fn of(agent: &Agent) -> Result<Self> {
         let maps = agent.map_entries()?;
+        let tunnels = maps.get("TUNNELS").copied().unwrap_or(usize::MAX);
         let maps = ["ORIGINALS", "CLIENTS", "ATTESTED", "PODS", "OWN", "ADDRESSES"]
             .into_iter()
             .map(|name| (name, maps.get(name).copied().unwrap_or_default()))
             .collect();
         let status = agent.status()?;
         let open_flows = status["counters"]["openFlows"].as_u64().unwrap_or_default();
-        Ok(Self { maps, usage: agent.usage()?, open_flows })
+        Ok(Self { maps, tunnels, usage: agent.usage()?, open_flows })
     }
 
     fn no_more_than(&self, before: &Self) -> Result<()> {
         for ((name, now), (_, then)) in self.maps.iter().zip(&before.maps) {
             ensure!(now <= then, "{name} has {now} entries, {then} before");
         }
+        ensure!(self.tunnels <= self.usage.descriptors, "{} tunnels", self.tunnels);
         // Pooled connections that idle out meanwhile make it fewer.
         let (now, then) = (self.usage, before.usage);
         ensure!(now.descriptors <= then.descriptors + 4, "descriptors {then:?} {now:?}");

@@ -35,7 +35,7 @@ use super::{
 use crate::{
     cluster::model::{Override, Pod, PodUid, Problem, World},
     config::AgentConfig,
-    kernel::{KernelError, Maps, Programs, clock},
+    kernel::{KernelError, Maps, Programs},
     netns::NetnsOpener,
     policy::compile::PolicyEntry,
     spiffe::SpiffeId,
@@ -187,8 +187,7 @@ impl Reconciler {
         let inherited = applied.pods.iter().map(|(n, e)| (*n, Mode::from_u8(e.mode))).collect();
         apply::close_all(&mut deps.maps, &mut applied).map_err(ReconcileError::Inherit)?;
         sweep::forget_revisions(&mut deps.maps).map_err(ReconcileError::Inherit)?;
-        sweep::forget_tunnels(&mut deps.maps, clock::monotonic())
-            .map_err(ReconcileError::Inherit)?;
+        sweep::forget_tunnels(&mut deps.maps).map_err(ReconcileError::Inherit)?;
         let rows = deps.maps.identities.rows().map_err(ReconcileError::Inherit)?;
         let programs = &deps.programs;
         let discovery = Discovery::new(
