@@ -401,7 +401,8 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     let mut serving_workloads = tokio::spawn(workload_api.serve(ended.clone().cancelled_owned()));
     let mut recording = tokio::spawn(record_closed(closed_flows, state.clone(), recorder.clone()));
     let mut reconciling = tokio::spawn(reconcile::run(deps, stop.clone()));
-    tokio::spawn(kernel::memory::keep_giving_back(ended.clone()));
+    kernel::memory::keep_giving_back(ended.clone())
+        .map_err(start("the thread that gives memory back"))?;
     tracing::info!(node = %config.node, cluster_dir = %dir.display(), "agent started");
 
     let file_changes = FileChanges::of(sources.file.as_deref());

@@ -4,29 +4,27 @@
 //! allocation. After a flood of handshakes an agent would hold megabytes that nobody uses,
 //! on every node, for good. Other C libraries (musl) return memory by themselves.
 
-use std::time::Duration;
+use std::{io, thread, time::Duration};
 
-use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 /// Well below the ten seconds within which a flood's memory shall be gone; a turn costs
 /// tens of microseconds when there is nothing to give back.
 const EVERY: Duration = Duration::from_secs(4);
 
-/// Gives freed memory back every few seconds, until told to stop.
-pub async fn keep_giving_back(stop: CancellationToken) {
-    let mut ticks = interval(EVERY);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            () = stop.cancelled() => return,
-            _ = ticks.tick() => {}
+/// Gives freed memory back every few seconds, until told to stop, on a thread of its own: a
+/// runtime's threads for blocking calls would never be idle for long enough to end.
+///
+/// # Errors
+/// Where no thread can be made.
+pub fn keep_giving_back(stop: CancellationToken) -> io::Result<()> {
+    thread::Builder::new().name("memory".into()).spawn(move || {
+        while !stop.is_cancelled() {
+            give_back();
+            thread::sleep(EVERY);
         }
-        if tokio::task::spawn_blocking(give_back).await.is_err() {
-            // It cannot panic; a runtime that shuts down is the only way here.
-            return;
-        }
-    }
+    })?;
+    Ok(())
 }
 
 #[cfg(all(target_os = "linux", target_env = "gnu"))]

@@ -155,7 +155,7 @@ impl Held {
         // Pooled connections that idle out meanwhile make it fewer.
         let (now, then) = (self.usage, before.usage);
         ensure!(now.descriptors <= then.descriptors + 4, "descriptors {then:?} {now:?}");
-        ensure!(now.threads <= then.threads + 2, "threads {then:?} {now:?}");
+        ensure!(now.threads <= then.threads, "threads {then:?} {now:?}");
         ensure!(self.open_flows <= before.open_flows, "open flows {}", self.open_flows);
         Ok(())
     }
