@@ -167,18 +167,34 @@ const fn is_unspecified(ip: Ip) -> bool {
     ip.0[3] == 0 && (ip.is_v4() || (ip.0[0] == 0 && ip.0[1] == 0 && ip.0[2] == 0))
 }
 
-/// What the kernel, or a DHCP client over a packet socket, sends for the link itself.
+/// What the kernel, or a DHCP client over a packet socket, sends for the link itself: to its
+/// groups, which no router forwards. Only neighbours are also asked one by one.
 #[inline(always)]
 const fn keeps_link_alive(frame: &Frame) -> bool {
     match frame.protocol {
-        number::IGMP => frame.source.is_v4(),
-        // Multicast listeners, router and neighbour solicitations.
-        number::ICMPV6 => matches!(frame.detail, 131 | 132 | 143 | 133 | 135),
+        number::IGMP => frame.source.is_v4() && is_link_group(frame.destination),
+        // Multicast listeners and router solicitations.
+        number::ICMPV6 if matches!(frame.detail, 131 | 132 | 143 | 133) => {
+            is_link_group(frame.destination)
+        }
+        number::ICMPV6 => frame.detail == 135,
         proto::UDP => {
-            (frame.source_port == 68 && frame.destination_port == 67)
-                || (frame.source_port == 546 && frame.destination_port == 547)
+            ((frame.source_port == 68 && frame.destination_port == 67)
+                || (frame.source_port == 546 && frame.destination_port == 547))
+                && is_link_group(frame.destination)
         }
         _ => false,
+    }
+}
+
+/// True for the limited broadcast, for `224.0.0.0/4` and for `ff02::/16`.
+#[inline(always)]
+const fn is_link_group(ip: Ip) -> bool {
+    if ip.is_v4() {
+        ip.0[3] == u32::MAX || ip.0[3].to_ne_bytes()[0] & 0xf0 == 0xe0
+    } else {
+        let first = ip.0[0].to_ne_bytes();
+        first[0] == 0xff && first[1] == 0x02
     }
 }
 

@@ -115,6 +115,17 @@ fn the_link_stays_alive_under_own_addresses() {
     assert_eq!(judged(&tables, &arp("10.0.0.1")), Pass);
     assert_eq!(judged(&tables, &arp("0.0.0.0")), Pass, "a probe for a duplicate");
     assert_eq!(judged(&tables, &ports(frame("0.0.0.0", "255.255.255.255", UDP), 68, 67)), Pass);
+    // No way out for a packet socket: what a router would forward is no word to the link.
+    let dhcp = |to| ports(frame("10.0.0.1", to, UDP), 68, 67);
+    assert_eq!(judged(&tables, &dhcp("255.255.255.255")), Pass);
+    assert_eq!(judged(&tables, &dhcp("203.0.113.1")), Unattested);
+    let dhcp6 = |to| ports(frame("fe80::1", to, UDP), 546, 547);
+    assert_eq!(judged(&tables, &dhcp6("ff02::1:2")), Pass);
+    assert_eq!(judged(&tables, &dhcp6("2001:db8::1")), Unattested);
+    assert_eq!(judged(&tables, &frame("10.0.0.1", "224.0.0.22", 2)), Pass);
+    assert_eq!(judged(&tables, &frame("10.0.0.1", "203.0.113.1", 2)), Unattested);
+    let listener = Frame { detail: 143, ..frame("fe80::1", "2001:db8::1", ICMPV6) };
+    assert_eq!(judged(&tables, &listener), Unattested);
     let icmp = |source, detail| Frame { detail, ..frame(source, "ff02::1", ICMPV6) };
     for detail in [131, 132, 143, 133, 135] {
         assert_eq!(judged(&tables, &icmp("fe80::1", detail)), Pass, "type {detail}");
