@@ -11,7 +11,8 @@ use signet_lab::{
 };
 
 use crate::mesh::{
-    HTTP, Mesh, TCP, TIMEOUT, answered, answered_soon, policy, refused_soon, verdict, with_logs,
+    HTTP, Mesh, TCP, TIMEOUT, answered, answered_soon, policy, refused, refused_soon, verdict,
+    with_logs,
 };
 
 /// `signet rollout check NS --to MODE`: its exit code and findings.
@@ -112,6 +113,8 @@ fn policies_suggested_from_what_was_seen_let_the_same_pass_and_nothing_else() ->
             answered_soon(intruder, payments.at(TCP))?;
             lab.cluster().apply_yaml(&text)?;
             refused_soon(intruder, payments.at(TCP))?;
+            // That one may have lost its right while it was being opened; this one never has it.
+            refused(intruder, payments.at(TCP), "not suggested")?;
             verdict(
                 lab,
                 "node-2",
