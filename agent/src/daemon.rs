@@ -320,6 +320,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     let (report, kernel_report) = watch::channel(reconcile::KernelReport::default());
     let (config_changes, live_config) = watch::channel(Arc::new(config.clone()));
     let (metrics_problem, metrics_problems) = watch::channel(None);
+    let pulse = reconcile::Pulse::default();
     let picture = Arc::new(Picture {
         node: config.node.as_str().into(),
         started,
@@ -343,6 +344,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         workloads,
         foreign_bundles,
         metrics: metrics_problems,
+        pulse: pulse.clone(),
         newest: Newest::new(started),
     });
     metrics.read({
@@ -375,6 +377,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         closed,
         state: publisher,
         report,
+        pulse,
     };
 
     let (event_sender, event_receiver) = mpsc::channel(EVENTS);

@@ -283,6 +283,8 @@ fn inputs(node: &str) -> StatusInputs {
             count: 17,
         }],
         problems: vec![],
+        since_turn: Some(Duration::from_millis(300)),
+        settled: true,
         counters: vec![("handshake_failed{kind=\"expired\"}".into(), 3)],
     }
 }
@@ -494,6 +496,66 @@ async fn an_agent_that_is_not_ready_is_the_answer_no() {
     let output = run(&["status", "--socket", &Node::start(starting).socket()]).await;
     assert!(stdout(&output).contains("  STARTING  "), "{}", stdout(&output));
     assert_eq!(code(&output), 1);
+}
+
+/// `signet probe KIND` of an agent with these inputs: exit code and the line.
+async fn probe(kind: &str, inputs: StatusInputs) -> (i32, String) {
+    let node = Node::start(inputs);
+    let output = run(&["probe", kind, "--socket", &node.socket()]).await;
+    (code(&output), stdout(&output))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn probes_answer_by_exit_code_and_say_why() {
+    let (exit, line) = probe("ready", inputs("node-1")).await;
+    assert_eq!(exit, 0, "the control: {line}");
+    assert_eq!(line, "ready: revision 118 is applied, 2 programs are attached\n");
+    assert_eq!(probe("live", inputs("node-1")).await, (0, "live: the reconciler turns\n".into()));
+
+    // What makes it not ready, one thing at a time; it is live all the same.
+    let unsynced = |synced| {
+        let mut inputs = inputs("node-1");
+        let mut state = NodeState::clone(inputs.state.as_ref().unwrap());
+        let mut world = World::clone(&state.world);
+        world.synced = synced;
+        state.world = Arc::new(world);
+        inputs.state = Some(Arc::new(state));
+        inputs
+    };
+    let mut detached = inputs("node-1");
+    detached.kernel.programs.push(("lookup", false));
+    let cases = [
+        (StatusInputs { state: None, ..inputs("node-1") }, "not been applied"),
+        (unsynced(Synced { pods: false, policies: true }), "pods and namespaces"),
+        (unsynced(Synced { pods: true, policies: false }), "policies"),
+        (detached, "programs are not attached: lookup"),
+        (StatusInputs { settled: false, ..inputs("node-1") }, "wait for their listeners"),
+    ];
+    for (inputs, why) in cases {
+        let (exit, line) = probe("ready", inputs.clone()).await;
+        assert_eq!(exit, 1, "{line}");
+        assert!(line.starts_with("not ready: ") && line.contains(why), "{line}");
+        assert_eq!(probe("live", inputs).await.0, 0);
+    }
+    // The authority is none of it.
+    let mut closed = inputs("node-1");
+    closed.svids[0].state = SvidState::Missing;
+    closed.svids[0].error = Some("the authority did not answer within 10s".into());
+    assert_eq!(probe("ready", closed).await.0, 0);
+
+    // Stuck, and never having turned.
+    let late = Some(Duration::from_secs(31));
+    for since_turn in [late, None] {
+        let (exit, line) = probe("live", StatusInputs { since_turn, ..inputs("node-1") }).await;
+        assert_eq!(exit, 1, "{line}");
+        assert!(line.starts_with("not live: ") && line.contains("stuck"), "{line}");
+    }
+    let young = StatusInputs { since_turn: None, started: Timestamp::now(), ..inputs("node-1") };
+    assert_eq!(probe("live", young).await.0, 0, "it has only just started");
+
+    let output = run(&["probe", "live", "--socket", "/no/such/socket"]).await;
+    assert_eq!(code(&output), 4);
+    assert!(stderr(&output).contains("is the agent running"), "{}", stderr(&output));
 }
 
 #[tokio::test(flavor = "multi_thread")]

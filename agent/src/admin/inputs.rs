@@ -1,6 +1,6 @@
 //! What the daemon tells the admin service: values only, taken at one moment.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use signet_ebpf::abi::DropKey;
@@ -36,6 +36,10 @@ pub struct StatusInputs {
     pub drops: Vec<DropCount>,
     /// Problems that the world does not carry (the daemon's own, the kernel's, the issuer's).
     pub problems: Vec<Problem>,
+    /// How long ago the reconciler turned; `None` before its first turn.
+    pub since_turn: Option<Duration>,
+    /// Every enforced pod that was there at the start has got its listeners.
+    pub settled: bool,
     /// Further counters by name, as `handshake_failed{kind="expired"}`.
     pub counters: Vec<(String, u64)>,
 }

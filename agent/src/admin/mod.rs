@@ -9,6 +9,7 @@ mod edges;
 pub mod endpoints;
 pub mod inputs;
 pub mod policies;
+mod probe;
 pub mod socket;
 pub mod status;
 pub mod svids;
@@ -29,7 +30,7 @@ use crate::{
         CheckPolicyRequest, CheckPolicyResponse, DiffPoliciesRequest, DiffPoliciesResponse,
         EndpointsRequest, EndpointsResponse, ListEdgesRequest, ListEdgesResponse,
         ListPoliciesRequest, ListPoliciesResponse, ListSvidsRequest, ListSvidsResponse,
-        StatusRequest, StatusResponse,
+        ProbeRequest, ProbeResponse, StatusRequest, StatusResponse,
         admin_server::{self, AdminServer},
     },
 };
@@ -90,6 +91,15 @@ impl admin_server::Admin for Admin {
         let inputs = self.inputs().await?;
         let status = status::assemble(&inputs, &self.log.totals(), Timestamp::now());
         Ok(Response::new(status))
+    }
+
+    async fn probe(
+        &self,
+        request: Request<ProbeRequest>,
+    ) -> Result<Response<ProbeResponse>, Status> {
+        let kind = request.into_inner().kind();
+        let inputs = self.inputs().await?;
+        Ok(Response::new(probe::answer(&inputs, kind, Timestamp::now())))
     }
 
     async fn endpoints(

@@ -10,6 +10,7 @@ mod filters;
 mod flow_lines;
 mod flows;
 mod policy;
+mod probe;
 mod rollout;
 mod sockets;
 mod status;
@@ -58,6 +59,8 @@ enum Command {
     Flows(Box<flows::FlowsArgs>),
     /// Show whether the agent does its work, and what keeps it from it.
     Status(status::StatusArgs),
+    /// Ask whether the agent is ready or live: for the kubelet.
+    Probe(probe::ProbeArgs),
     /// Show the pods of this node: mode, identity, policies, drops.
     Endpoints(endpoints::EndpointsArgs),
     /// Say what a change would break, before it is made.
@@ -117,6 +120,7 @@ fn run(
             client(flows::run(*args, terms))
         }
         Command::Status(args) => client(status::run(args)),
+        Command::Probe(args) => client(probe::run(args)),
         Command::Endpoints(args) => client(endpoints::run(args)),
         Command::Rollout(command) => client(rollout::run(command)),
         Command::Policy(command) => client(policy::run(command)),

@@ -15,7 +15,10 @@ use crate::{
         DropCount, EnforcementState, IssuerFacts, KernelFacts, StatusInputs, SvidFacts, SvidState,
     },
     cluster::model::{Problem, World},
-    endpoint::{reconcile::KernelReport, state::NodeStateHandle},
+    endpoint::{
+        reconcile::{KernelReport, Pulse},
+        state::NodeStateHandle,
+    },
     flow::{Edges, FlowLog, LostCause, Recorder},
     kernel::Counters,
     proxy::DataPlaneHandle,
@@ -48,6 +51,7 @@ pub(super) struct Picture {
     pub(super) foreign_bundles: watch::Receiver<Failures>,
     /// Why metrics are not served, if they are not.
     pub(super) metrics: watch::Receiver<Option<String>>,
+    pub(super) pulse: Pulse,
     pub(super) newest: Newest,
 }
 
@@ -106,6 +110,8 @@ impl Picture {
             workload_svids: self.workload_svids(),
             drops,
             problems,
+            since_turn: self.pulse.since_turn(),
+            settled: self.pulse.is_settled(),
             counters: self.counters().iter().flat_map(Reading::flat).collect(),
         }
     }

@@ -6,6 +6,7 @@
 
 mod closing;
 mod listening;
+mod pulse;
 mod upkeep;
 mod waking;
 
@@ -19,6 +20,7 @@ use signet_ebpf::abi::{Config, Mode};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+pub use self::pulse::Pulse;
 use self::waking::{Wake, Woken};
 use super::{
     apply,
@@ -80,6 +82,8 @@ pub struct Deps {
     pub state: NodeStatePublisher,
     /// Where facts for `signet status` are published.
     pub report: watch::Sender<KernelReport>,
+    /// Where turns are noted, for probes.
+    pub pulse: Pulse,
 }
 
 /// Flows of an endpoint that were closed from the kernel's side.
@@ -143,6 +147,7 @@ pub async fn run(deps: Deps, stop: CancellationToken) -> Result<(), ReconcileErr
             return Ok(());
         }
         task.turn(waited == Woken::Changed).await?;
+        task.deps.pulse.turned();
     }
 }
 
@@ -253,6 +258,9 @@ impl Reconciler {
             self.apply(&world, &params, now).await?;
         }
         self.beat(now);
+        if !self.more_to_open && self.planned == Some(world.revision) {
+            self.deps.pulse.settle();
+        }
         Ok(())
     }
 

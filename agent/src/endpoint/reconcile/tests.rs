@@ -105,6 +105,7 @@ impl Node {
             closed: mpsc::unbounded_channel().0,
             state,
             report: watch::channel(KernelReport::default()).0,
+            pulse: Pulse::default(),
         };
         let task = tokio::spawn(run(deps, stop.clone()));
         Self {
