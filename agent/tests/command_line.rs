@@ -169,6 +169,7 @@ fn pod(name: &str, mode: Mode) -> Arc<Pod> {
         node: Some("node-1".into()),
         ips: Vec::new(),
         labels: Default::default(),
+        workload: None,
         host_network: false,
         finished: false,
         terminating: false,

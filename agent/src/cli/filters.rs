@@ -1,9 +1,14 @@
 //! The filters of `signet flows`, each of which `--not` before it negates.
 
+use std::net::IpAddr;
+
 use clap::{ArgMatches, Args};
+use ipnet::IpNet;
 
 use super::exit::{Exit, Failure};
 use crate::{
+    flow::Via,
+    observer::labels::LabelSelector,
     proto::flow::{self, FlowFilter},
     telemetry::{names, reason},
 };
@@ -33,12 +38,54 @@ pub struct FilterArgs {
     /// The server's pod
     #[arg(long, value_name = "pod")]
     to_pod: Vec<String>,
+    /// The client's namespace
+    #[arg(long, value_name = "name")]
+    from_namespace: Vec<String>,
+    /// The server's namespace
+    #[arg(long, value_name = "name")]
+    to_namespace: Vec<String>,
+    /// Either side's labels, as a selector: app=payments,tier!=test
+    #[arg(short, long, value_name = "selector")]
+    label: Vec<String>,
+    /// The client's labels
+    #[arg(long, value_name = "selector")]
+    from_label: Vec<String>,
+    /// The server's labels
+    #[arg(long, value_name = "selector")]
+    to_label: Vec<String>,
+    /// Either side's workload: [kind/]name
+    #[arg(long, value_name = "workload")]
+    workload: Vec<String>,
+    /// The client's workload
+    #[arg(long, value_name = "workload")]
+    from_workload: Vec<String>,
+    /// The server's workload
+    #[arg(long, value_name = "workload")]
+    to_workload: Vec<String>,
+    /// The service that was dialled, by the beginning of its name: [namespace/]service
+    #[arg(long, value_name = "service")]
+    service: Vec<String>,
+    /// Either side's address, or a range of addresses
+    #[arg(long, value_name = "address")]
+    ip: Vec<String>,
+    /// The client's address
+    #[arg(long, value_name = "address")]
+    from_ip: Vec<String>,
+    /// The server's address
+    #[arg(long, value_name = "address")]
+    to_ip: Vec<String>,
     /// Either side's SPIFFE ID, or namespace/account; * stands for anything
     #[arg(long, value_name = "glob")]
     identity: Vec<String>,
     /// Either side's port
     #[arg(long, value_name = "port")]
     port: Vec<String>,
+    /// The client's port, or a range of ports: 8000-8999
+    #[arg(long, value_name = "port")]
+    from_port: Vec<String>,
+    /// The server's port
+    #[arg(long, value_name = "port")]
+    to_port: Vec<String>,
     /// tcp, udp or a number
     #[arg(long, value_name = "protocol")]
     protocol: Vec<String>,
@@ -51,6 +98,15 @@ pub struct FilterArgs {
     /// The deciding policy: [[kind/]namespace/]name; * stands for anything
     #[arg(long, value_name = "policy")]
     policy: Vec<String>,
+    /// How it travelled: mtls, kernel or plaintext
+    #[arg(long, value_name = "way")]
+    via: Vec<String>,
+    /// ingress or egress, as the reporting pod sees it
+    #[arg(long, value_name = "direction")]
+    direction: Vec<String>,
+    /// One flow, by the identifier that both ends share
+    #[arg(long, value_name = "uuid")]
+    uuid: Vec<String>,
     /// The node that reports; * stands for anything
     #[arg(long, value_name = "name")]
     node: Vec<String>,
@@ -65,17 +121,34 @@ pub struct Term {
     value: String,
 }
 
-const KINDS: [&str; 11] = [
+const KINDS: [&str; 28] = [
     "namespace",
+    "from_namespace",
+    "to_namespace",
     "pod",
     "from_pod",
     "to_pod",
+    "label",
+    "from_label",
+    "to_label",
+    "workload",
+    "from_workload",
+    "to_workload",
+    "service",
+    "ip",
+    "from_ip",
+    "to_ip",
     "identity",
     "port",
+    "from_port",
+    "to_port",
     "protocol",
     "verdict",
     "reason",
     "policy",
+    "via",
+    "direction",
+    "uuid",
     "node",
 ];
 
@@ -133,7 +206,7 @@ pub fn lists(terms: &[Term]) -> Result<(Vec<FlowFilter>, Vec<FlowFilter>), Failu
 impl Term {
     fn add_to(&self, filter: &mut FlowFilter) -> Result<(), Failure> {
         let value = self.value.clone();
-        let bad = |expected: &str| {
+        let bad = |expected: &'static str| {
             let flag = self.kind.replace('_', "-");
             Failure::new(Exit::Usage, format!("--{flag}: {:?} is not {expected}", self.value))
         };
@@ -145,6 +218,33 @@ impl Term {
             "pod" => filter.any_pod.push(value),
             "from_pod" => filter.source_pod.push(in_any_namespace(value)),
             "to_pod" => filter.destination_pod.push(in_any_namespace(value)),
+            "from_namespace" => filter.source_namespace.push(value),
+            "to_namespace" => filter.destination_namespace.push(value),
+            "label" => filter.any_label.push(selector(value).map_err(bad)?),
+            "from_label" => filter.source_label.push(selector(value).map_err(bad)?),
+            "to_label" => filter.destination_label.push(selector(value).map_err(bad)?),
+            "workload" => filter.any_workload.push(workload(&value)),
+            "from_workload" => filter.source_workload.push(workload(&value)),
+            "to_workload" => filter.destination_workload.push(workload(&value)),
+            "service" => filter.any_service.push(value),
+            "ip" => filter.any_ip.push(network(value).map_err(bad)?),
+            "from_ip" => filter.source_ip.push(network(value).map_err(bad)?),
+            "to_ip" => filter.destination_ip.push(network(value).map_err(bad)?),
+            "from_port" => filter.source_port.push(ports(value).map_err(bad)?),
+            "to_port" => filter.destination_port.push(ports(value).map_err(bad)?),
+            "via" => {
+                Via::parse(&value).ok_or_else(|| bad("mtls, kernel or plaintext"))?;
+                filter.via.push(value);
+            }
+            "direction" => filter.traffic_direction.push(match value.as_str() {
+                "ingress" => flow::TrafficDirection::Ingress.into(),
+                "egress" => flow::TrafficDirection::Egress.into(),
+                _ => return Err(bad("ingress or egress")),
+            }),
+            "uuid" => {
+                uuid::Uuid::parse_str(&value).map_err(|_| bad("the identifier of a flow"))?;
+                filter.uuid.push(value.to_ascii_lowercase());
+            }
             "identity" => filter.any_identity.push(value),
             "port" => {
                 let port: u16 = value.parse().map_err(|_| bad("a port from 0 to 65535"))?;
@@ -172,6 +272,29 @@ impl Term {
         }
         Ok(())
     }
+}
+
+fn selector(value: String) -> Result<String, &'static str> {
+    LabelSelector::parse(&value).map(|_| value).ok_or("a label selector (app=payments,tier!=test)")
+}
+
+fn network(value: String) -> Result<String, &'static str> {
+    let is_one = value.parse::<IpNet>().is_ok() || value.parse::<IpAddr>().is_ok();
+    is_one.then_some(value).ok_or("an address or a range (10.0.0.0/16)")
+}
+
+fn ports(value: String) -> Result<String, &'static str> {
+    let (first, last) = value.split_once('-').unwrap_or((&value, &value));
+    match (first.parse::<u16>(), last.parse::<u16>()) {
+        (Ok(first), Ok(last)) if first <= last => Ok(value),
+        _ => Err("a port or a range of ports (8000-8999)"),
+    }
+}
+
+/// `[kind/]name`.
+fn workload(value: &str) -> flow::Workload {
+    let (kind, name) = value.split_once('/').unwrap_or(("", value));
+    flow::Workload { kind: kind.into(), name: name.into() }
 }
 
 /// Hubble takes a name alone for one in namespace `default`; we for one in any.
@@ -239,6 +362,12 @@ mod tests {
             (["--reason", "because"], "--reason: \"because\""),
             (["--protocol", "smoke"], "--protocol: \"smoke\""),
             (["--from-pod", ""], "--from-pod: \"\""),
+            (["--label", "a b"], "--label: \"a b\""),
+            (["--to-ip", "payments"], "--to-ip: \"payments\""),
+            (["--to-port", "9-3"], "--to-port: \"9-3\""),
+            (["--via", "pigeon"], "--via: \"pigeon\""),
+            (["--direction", "up"], "--direction: \"up\""),
+            (["--uuid", "7"], "--uuid: \"7\""),
         ] {
             let failure = parse(&args).unwrap_err();
             assert_eq!(failure.exit, Exit::Usage);

@@ -192,6 +192,7 @@ impl Assembler {
             node: facts.node.clone(),
             ips: facts.ips.clone(),
             labels: facts.labels.clone(),
+            workload: facts.workload.clone(),
             host_network: facts.host_network,
             finished: facts.finished,
             terminating: facts.terminating,

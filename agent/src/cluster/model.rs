@@ -208,8 +208,10 @@ pub struct Pod {
     pub node: Option<Arc<str>>,
     /// `status.podIPs`, as the API knows them (late).
     pub ips: Vec<IpAddr>,
-    /// `metadata.labels`.
-    pub labels: BTreeMap<Arc<str>, Arc<str>>,
+    /// `metadata.labels`; shared with the records of its flows.
+    pub labels: Arc<BTreeMap<Arc<str>, Arc<str>>>,
+    /// What runs it, when something does.
+    pub workload: Option<Workload>,
     /// `spec.hostNetwork`.
     pub host_network: bool,
     /// `status.phase` is Succeeded or Failed.
@@ -249,6 +251,15 @@ impl Pod {
             && !self.host_network
             && !self.finished
     }
+}
+
+/// What runs a pod: a Deployment, a StatefulSet, a Job, …
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Workload {
+    /// `Deployment`.
+    pub kind: Arc<str>,
+    /// Its name, in the pod's namespace.
+    pub name: Arc<str>,
 }
 
 /// What gave a pod its mode.

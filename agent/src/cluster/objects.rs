@@ -14,7 +14,7 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 
-use super::model::{ObjectName, PodUid};
+use super::model::{ObjectName, PodUid, Workload};
 use crate::config::values::parse_range;
 
 /// Labels or annotations.
@@ -78,7 +78,9 @@ pub struct PodFacts {
     /// `status.podIPs`.
     pub ips: Vec<IpAddr>,
     /// `metadata.labels`.
-    pub labels: Labels,
+    pub labels: Arc<Labels>,
+    /// What runs it: from `metadata.ownerReferences`.
+    pub workload: Option<Workload>,
     /// `spec.hostNetwork`.
     pub host_network: bool,
     /// `status.phase` is Succeeded or Failed.
@@ -256,7 +258,8 @@ impl PodFacts {
                 .filter(|n| !n.is_empty())
                 .map(Arc::from),
             ips,
-            labels: labels(meta.labels.as_ref()),
+            labels: Arc::new(labels(meta.labels.as_ref())),
+            workload: workload(meta),
             host_network,
             finished: matches!(phase, "Succeeded" | "Failed"),
             alive: matches!(phase, "Pending" | "Running"),
@@ -268,6 +271,29 @@ impl PodFacts {
             origin: origin.into(),
         })
     }
+}
+
+/// Whose pod it is. A ReplicaSet that a Deployment made has its name and the hash that the pod
+/// carries as a label, a Job that a CronJob made its name and a number of minutes.
+fn workload(meta: &ObjectMeta) -> Option<Workload> {
+    const HASH: &str = "pod-template-hash";
+    let owner = meta.owner_references.iter().flatten().find(|o| o.controller == Some(true))?;
+    let made_by = |kind: &str, name: &str| Workload { kind: kind.into(), name: name.into() };
+    let above = match owner.kind.as_str() {
+        "ReplicaSet" => meta
+            .labels
+            .as_ref()
+            .and_then(|labels| labels.get(HASH))
+            .and_then(|hash| owner.name.strip_suffix(hash.as_str())?.strip_suffix('-'))
+            .map(|name| made_by("Deployment", name)),
+        "Job" => owner
+            .name
+            .rsplit_once('-')
+            .filter(|(_, n)| n.len() >= 8 && n.bytes().all(|b| b.is_ascii_digit()))
+            .map(|(name, _)| made_by("CronJob", name)),
+        _ => None,
+    };
+    Some(above.unwrap_or_else(|| made_by(&owner.kind, &owner.name)))
 }
 
 /// Why a pod cannot be enforced, whatever its mode (DESIGN §2).
@@ -392,5 +418,42 @@ impl NodeFacts {
             }
         }
         Ok(Self { name, addresses, pod_ranges })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+
+    use super::*;
+
+    fn shown(kind: &str, name: &str, controller: bool, hash: Option<&str>) -> Option<String> {
+        let owner = OwnerReference {
+            kind: kind.into(),
+            name: name.into(),
+            controller: Some(controller),
+            ..OwnerReference::default()
+        };
+        let labels = hash.map(|h| BTreeMap::from([("pod-template-hash".into(), h.into())]));
+        let meta =
+            ObjectMeta { owner_references: Some(vec![owner]), labels, ..ObjectMeta::default() };
+        workload(&meta).map(|w| format!("{}/{}", w.kind, w.name))
+    }
+
+    #[test]
+    fn a_workload_is_what_people_made() {
+        for (kind, name, hash, expected) in [
+            ("ReplicaSet", "web-5b7f", Some("5b7f"), "Deployment/web"),
+            ("ReplicaSet", "web-5b7f", None, "ReplicaSet/web-5b7f"),
+            ("ReplicaSet", "web-5b7f", Some("ffff"), "ReplicaSet/web-5b7f"),
+            ("StatefulSet", "db", None, "StatefulSet/db"),
+            ("Job", "backup-29384756", None, "CronJob/backup"),
+            ("Job", "backup-now", None, "Job/backup-now"),
+        ] {
+            assert_eq!(shown(kind, name, true, hash).as_deref(), Some(expected));
+        }
+        // Who only watches over a pod does not run it.
+        assert_eq!(shown("StatefulSet", "db", false, None), None);
+        assert_eq!(workload(&ObjectMeta::default()), None);
     }
 }

@@ -93,9 +93,7 @@ fn end_records(closed: &ClosedFlows, state: &NodeState, now: Timestamp) -> Vec<F
     let record = |flow: &crate::endpoint::rejudge::Closed| {
         let mut own = Party::unknown(flow.local);
         if let Some(endpoint) = endpoint {
-            let name = &endpoint.pod.name;
-            own.pod = Some((name.namespace.clone(), name.name.clone()));
-            own.service_account = Some(endpoint.pod.service_account.clone());
+            own = Party::of_pod(&endpoint.pod, flow.local);
             own.identity = Some(endpoint.identity.clone());
             own.known_by = KnownBy::Kernel;
         }

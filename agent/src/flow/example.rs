@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::record::{FlowEvent, FlowRecord, KnownBy, Party, Reporter, Via};
 use crate::{
-    cluster::model::{ModeOrigin, ObjectName, Pod},
+    cluster::model::{ModeOrigin, ObjectName, Pod, Workload},
     endpoint::state::{EndpointKey, EndpointState},
     policy::model::PolicyName,
     spiffe::SpiffeId,
@@ -57,7 +57,11 @@ pub(crate) fn allowed() -> FlowRecord {
         }),
         revision: 118,
         extra: vec![],
-        source: party("shop/frontend-7d9c", KnownBy::Mtls, "10.0.1.5:41872"),
+        source: Party {
+            labels: Arc::new(BTreeMap::from([("app".into(), "frontend".into())])),
+            workload: Some(Workload { kind: "Deployment".into(), name: "frontend".into() }),
+            ..party("shop/frontend-7d9c", KnownBy::Mtls, "10.0.1.5:41872")
+        },
         destination: Party {
             service: Some("shop/payments".into()),
             ..party("shop/payments-5b7f", KnownBy::Kernel, "10.0.2.7:8080")
@@ -125,7 +129,8 @@ pub(crate) fn pod(name: &str, mode: Mode) -> Arc<Pod> {
         service_account: name.split('-').next().unwrap().into(),
         node: Some("node-2".into()),
         ips: Vec::new(),
-        labels: BTreeMap::new(),
+        labels: Arc::default(),
+        workload: None,
         host_network: false,
         finished: false,
         terminating: false,

@@ -208,13 +208,9 @@ fn own_party(event: &Event, state: &NodeState) -> Party {
         shown
     };
     Party {
-        pod: Some((endpoint.pod.name.namespace.clone(), endpoint.pod.name.name.clone())),
-        service_account: Some(endpoint.pod.service_account.clone()),
         identity: Some(endpoint.identity.clone()),
         known_by: KnownBy::Kernel,
-        service: None,
-        ip,
-        port: event.local_port,
+        ..Party::of_pod(&endpoint.pod, SocketAddr::new(ip, event.local_port))
     }
 }
 

@@ -11,8 +11,7 @@ pub fn known_by_address(address: SocketAddr, state: &NodeState, number: Option<u
     let mut party = Party::unknown(address);
     let world = &state.world;
     if let Some(pod) = world.pods_by_ip.get(&address.ip()).and_then(|uid| world.pods.get(uid)) {
-        party.pod = Some((pod.name.namespace.clone(), pod.name.name.clone()));
-        party.service_account = Some(pod.service_account.clone());
+        party = Party::of_pod(pod, address);
         // The world says whose address it is, also where the kernel has no number for it.
         party.identity = SpiffeId::for_service_account(
             &world.trust_domain,

@@ -1,6 +1,7 @@
 //! A flow's record: one `verdict` when decided, one `end` when it ends (DESIGN §2).
 
 use std::{
+    collections::BTreeMap,
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
@@ -8,7 +9,11 @@ use std::{
 use signet_ebpf::abi::{Direction, Reason, Verdict};
 use uuid::Uuid;
 
-use crate::{policy::model::PolicyName, spiffe::SpiffeId};
+use crate::{
+    cluster::model::{Pod, Workload},
+    policy::model::PolicyName,
+    spiffe::SpiffeId,
+};
 
 /// How a flow travelled.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -74,6 +79,10 @@ pub struct Party {
     pub pod: Option<(Arc<str>, Arc<str>)>,
     /// Service account, when it is a known pod.
     pub service_account: Option<Arc<str>>,
+    /// `metadata.labels`, when it is a known pod.
+    pub labels: Arc<BTreeMap<Arc<str>, Arc<str>>>,
+    /// What runs it, when it is a known pod and something does.
+    pub workload: Option<Workload>,
     /// Its identity.
     pub identity: Option<SpiffeId>,
     /// How that is known.
@@ -92,11 +101,24 @@ impl Party {
         Self {
             pod: None,
             service_account: None,
+            labels: Arc::default(),
+            workload: None,
             identity: None,
             known_by: KnownBy::Unknown,
             service: None,
             ip: address.ip(),
             port: address.port(),
+        }
+    }
+
+    /// A known pod at an address; who it is by certificate or kernel is for the caller to say.
+    pub fn of_pod(pod: &Pod, address: SocketAddr) -> Self {
+        Self {
+            pod: Some((pod.name.namespace.clone(), pod.name.name.clone())),
+            service_account: Some(pod.service_account.clone()),
+            labels: pod.labels.clone(),
+            workload: pod.workload.clone(),
+            ..Self::unknown(address)
         }
     }
 }

@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use super::encode::DETAIL_TYPE;
 use crate::{
+    cluster::model::Workload,
     flow::{FlowEvent, FlowRecord, KnownBy, Party, Reporter, Via},
     policy::model::PolicyName,
     proto::{self, detail, flow},
@@ -145,9 +146,21 @@ fn party(
 ) -> Result<Party, DecodeError> {
     let detail = detail.ok_or(DecodeError::Field("extensions"))?;
     let some = |s: &str| (!s.is_empty()).then(|| Arc::<str>::from(s));
+    let own = |label: &String| {
+        let (key, value) = label.strip_prefix("k8s:")?.split_once('=')?;
+        // These two are fields of the record.
+        (!key.starts_with("io.cilium.k8s.") && !key.starts_with("io.kubernetes.pod."))
+            .then(|| (key.into(), value.into()))
+    };
+    let labels = endpoint.iter().flat_map(|e| &e.labels).filter_map(own).collect();
+    let workload = endpoint
+        .and_then(|e| e.workloads.first())
+        .and_then(|w| Some(Workload { kind: some(&w.kind)?, name: some(&w.name)? }));
     Ok(Party {
         pod: endpoint.and_then(|e| Some((some(&e.namespace)?, some(&e.pod_name)?))),
         service_account: some(&detail.service_account),
+        labels: Arc::new(labels),
+        workload,
         identity: match detail.identity.as_str() {
             "" => None,
             id => Some(SpiffeId::parse(id).map_err(|_| DecodeError::Field("identity"))?),

@@ -5,8 +5,9 @@ use std::net::IpAddr;
 use prost::Message;
 use signet_ebpf::abi::{Direction, Verdict};
 
-use super::hubble;
+use super::{hubble, labels};
 use crate::{
+    cluster::model::Workload,
     flow::{FlowEvent, FlowRecord, Party, Via},
     proto::{self, detail, flow},
     telemetry::reason,
@@ -111,21 +112,15 @@ fn layer4(record: &FlowRecord) -> Option<flow::Layer4> {
 }
 
 fn endpoint(party: &Party) -> flow::Endpoint {
-    let mut labels = Vec::new();
-    if let Some(account) = &party.service_account {
-        labels.push(format!("k8s:io.cilium.k8s.policy.serviceaccount={account}"));
-    }
-    if let Some(identity) = &party.identity {
-        labels.push(format!("spiffe:id={}", identity.as_str()));
-    }
-    if party.pod.is_none() && party.identity.is_none() {
-        labels.push("reserved:world".into());
-    }
+    let labels = labels::labels(party).map(|label| label.to_string()).collect();
+    let workload =
+        |w: &Workload| flow::Workload { name: w.name.to_string(), kind: w.kind.to_string() };
+    let workloads = party.workload.iter().map(workload).collect();
     let (namespace, pod_name) = match &party.pod {
         Some((namespace, name)) => (namespace.to_string(), name.to_string()),
         None => Default::default(),
     };
-    flow::Endpoint { namespace, pod_name, labels, ..Default::default() }
+    flow::Endpoint { namespace, pod_name, labels, workloads, ..Default::default() }
 }
 
 fn service(party: &Party) -> Option<flow::Service> {

@@ -6,7 +6,7 @@ use std::{net::IpAddr, ops::RangeInclusive, str::FromStr};
 use ipnet::IpNet;
 use signet_ebpf::abi::{Direction, Verdict};
 
-use super::{glob, hubble};
+use super::{glob, hubble, labels::LabelSelector};
 use crate::{
     flow::{FlowEvent, FlowRecord, Party, Via},
     proto::flow::{self, FlowFilter},
@@ -126,21 +126,24 @@ fn conditions(filter: FlowFilter, budget: &mut usize) -> Result<Conditions, Filt
         any_port,
         reason,
         policy,
+        any_label,
+        any_workload,
+        any_service,
+        any_ip,
+        via,
+        source_namespace,
+        destination_namespace,
     } = filter;
     for (name, given) in [
         ("source_fqdn", !source_fqdn.is_empty()),
         ("destination_fqdn", !destination_fqdn.is_empty()),
         ("http_status_code", !http_status_code.is_empty()),
-        ("source_label", !source_label.is_empty()),
-        ("destination_label", !destination_label.is_empty()),
         ("dns_query", !dns_query.is_empty()),
         ("source_identity", !source_identity.is_empty()),
         ("destination_identity", !destination_identity.is_empty()),
         ("http_method", !http_method.is_empty()),
         ("http_path", !http_path.is_empty()),
         ("tcp_flags", !tcp_flags.is_empty()),
-        ("source_workload", !source_workload.is_empty()),
-        ("destination_workload", !destination_workload.is_empty()),
         ("trace_id", !trace_id.is_empty()),
         ("http_url", !http_url.is_empty()),
         ("http_header", !http_header.is_empty()),
@@ -164,14 +167,29 @@ fn conditions(filter: FlowFilter, budget: &mut usize) -> Result<Conditions, Filt
     all.any("destination_service", destination_service, hubble_pod, |p, r| {
         p.matches_service(&r.destination)
     })?;
+    all.any("source_label", source_label, selector, |s, r| s.matches(&r.source))?;
+    all.any("destination_label", destination_label, selector, |s, r| s.matches(&r.destination))?;
+    all.any("source_workload", source_workload, Ok, |w, r| has_workload(&r.source, w))?;
+    all.any("destination_workload", destination_workload, Ok, |w, r| {
+        has_workload(&r.destination, w)
+    })?;
     all.any("source_port", source_port, ports, |p, r| p.contains(&r.source.port))?;
     all.any("destination_port", destination_port, ports, |p, r| p.contains(&r.destination.port))?;
     all.any("protocol", protocol, protocol_number, |p, r| *p == r.protocol)?;
     all.any("node_name", node_name, node_pattern, |p, r| glob::matches(p, &r.node))?;
     all.any("uuid", uuid, text_of, |u, r| *u == r.uuid.to_string())?;
-    all.any("any_namespace", any_namespace, text_of, |n, r| {
-        either(r, |p| p.pod.as_ref().is_some_and(|(namespace, _)| **namespace == **n))
+    all.any("any_namespace", any_namespace, text_of, |n, r| either(r, |p| is_in(p, n)))?;
+    all.any("source_namespace", source_namespace, text_of, |n, r| is_in(&r.source, n))?;
+    all.any("destination_namespace", destination_namespace, text_of, |n, r| {
+        is_in(&r.destination, n)
     })?;
+    all.any("any_label", any_label, selector, |s, r| either(r, |p| s.matches(p)))?;
+    all.any("any_workload", any_workload, Ok, |w, r| either(r, |p| has_workload(p, w)))?;
+    all.any("any_service", any_service, any_pod_of, |pattern, r| {
+        either(r, |p| pattern.matches_service(p))
+    })?;
+    all.any("any_ip", any_ip, network, |n, r| either(r, |p| n.contains(&p.ip)))?;
+    all.any("via", via, via_of, |via, r| *via == r.via)?;
     all.any("any_pod", any_pod, any_pod_of, |pod, r| either(r, |p| pod.matches(p)))?;
     all.any("any_identity", any_identity, text_of, |i, r| either(r, |p| has_identity(p, i)))?;
     all.any("reason", reason, reason_of, |wanted, r| *wanted == r.reason)?;
@@ -292,6 +310,18 @@ fn either(record: &FlowRecord, holds: impl Fn(&Party) -> bool) -> bool {
     holds(&record.source) || holds(&record.destination)
 }
 
+fn is_in(party: &Party, namespace: &str) -> bool {
+    party.pod.as_ref().is_some_and(|(own, _)| **own == *namespace)
+}
+
+/// Hubble's rule: what is left empty is any.
+fn has_workload(party: &Party, wanted: &flow::Workload) -> bool {
+    party.workload.as_ref().is_some_and(|own| {
+        (wanted.name.is_empty() || *own.name == *wanted.name)
+            && (wanted.kind.is_empty() || own.kind.eq_ignore_ascii_case(&wanted.kind))
+    })
+}
+
 /// The whole SPIFFE ID, or `namespace/account` of an ID of Kubernetes' form.
 fn has_identity(party: &Party, pattern: &str) -> bool {
     let Some(identity) = &party.identity else { return false };
@@ -305,6 +335,15 @@ fn has_identity(party: &Party, pattern: &str) -> bool {
 
 fn text_of(value: String) -> Result<String, BadValue> {
     Ok(value)
+}
+
+fn selector(value: String) -> Result<LabelSelector, BadValue> {
+    LabelSelector::parse(&value)
+        .ok_or_else(|| BadValue::new(value, "a label selector (app=payments,tier!=test)"))
+}
+
+fn via_of(value: String) -> Result<Via, BadValue> {
+    Via::parse(&value).ok_or_else(|| BadValue::new(value, "mtls, kernel or plaintext"))
 }
 
 fn network(value: String) -> Result<IpNet, BadValue> {
@@ -384,6 +423,10 @@ mod tests {
         Filters::compile(vec![filter], vec![]).unwrap().matches(record)
     }
 
+    fn workload(kind: &str, name: &str) -> flow::Workload {
+        flow::Workload { kind: kind.into(), name: name.into() }
+    }
+
     fn strings(values: &[&str]) -> Vec<String> {
         values.iter().map(|v| (*v).to_owned()).collect()
     }
@@ -413,6 +456,13 @@ mod tests {
             ("policy, long", filter!(policy: strings(&["IdentityPolicy/shop/*"]))),
             ("encrypted", filter!(encrypted: vec![true])),
             ("uuid", filter!(uuid: vec![allowed().uuid.to_string()])),
+            ("source_label", filter!(source_label: strings(&["app=frontend,!tier"]))),
+            ("any_label", filter!(any_label: strings(&["k8s:app in (frontend, x)"]))),
+            ("source_workload", filter!(source_workload: vec![workload("", "frontend")])),
+            ("any_workload", filter!(any_workload: vec![workload("deployment", "frontend")])),
+            ("any_ip", filter!(any_ip: strings(&["10.0.1.0/24"]))),
+            ("source_namespace", filter!(source_namespace: strings(&["shop"]))),
+            ("via", filter!(via: strings(&["mtls"]))),
             ("source_ip, range", filter!(source_ip: strings(&["10.0.0.0/16", "10.7.0.0/16"]))),
         ];
         for (name, filter) in allowed_only {
@@ -457,6 +507,24 @@ mod tests {
                 "source_service",
                 filter!(destination_port: strings(&["8080"])),
                 filter!(source_service: strings(&["shop/payments"])),
+            ),
+            (
+                "any_service",
+                "destination_workload",
+                filter!(any_service: strings(&["pay"])),
+                filter!(destination_workload: vec![workload("Deployment", "frontend")]),
+            ),
+            (
+                "destination_label",
+                "destination_label",
+                filter!(destination_label: strings(&["io.kubernetes.pod.namespace=shop"])),
+                filter!(destination_label: strings(&["app=frontend"])),
+            ),
+            (
+                "destination_namespace",
+                "destination_namespace",
+                filter!(destination_namespace: strings(&["shop"])),
+                filter!(destination_namespace: strings(&["legacy"])),
             ),
             (
                 "protocol",
@@ -526,10 +594,8 @@ mod tests {
         for (name, filter) in [
             ("source_fqdn", filter!(source_fqdn: strings(&["a.b"]))),
             ("http_path", filter!(http_path: strings(&["/x"]))),
-            ("source_label", filter!(source_label: strings(&["a=b"]))),
             ("destination_identity", filter!(destination_identity: vec![1])),
             ("tcp_flags", filter!(tcp_flags: vec![flow::TcpFlags::default()])),
-            ("source_workload", filter!(source_workload: vec![flow::Workload::default()])),
             ("interface", filter!(interface: vec![flow::NetworkInterface::default()])),
             ("experimental.cel_expression", filter!(experimental: Some(cel))),
         ] {
@@ -541,6 +607,9 @@ mod tests {
             ("protocol", filter!(protocol: strings(&["http"]))),
             ("verdict", filter!(verdict: vec![flow::Verdict::Redirected.into()])),
             ("reason", filter!(reason: strings(&["because"]))),
+            ("source_label", filter!(source_label: strings(&["a b"]))),
+            ("any_label", filter!(any_label: strings(&[""]))),
+            ("via", filter!(via: strings(&["pigeon"]))),
             ("any_port", filter!(any_port: vec![70_000])),
             ("node_name", filter!(node_name: strings(&["cluster/node"]))),
         ] {

@@ -5,6 +5,7 @@ pub mod encode;
 pub mod filter;
 pub mod glob;
 pub mod hubble;
+pub mod labels;
 
 use std::{collections::BTreeSet, pin::Pin, sync::Arc, time::Duration};
 

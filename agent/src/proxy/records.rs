@@ -31,13 +31,10 @@ pub fn pod_party(
     service: Option<&ObjectName>,
 ) -> Party {
     Party {
-        pod: Some((pod.name.namespace.clone(), pod.name.name.clone())),
-        service_account: Some(pod.service_account.clone()),
         identity,
         known_by,
         service: service.map(|s| format!("{}/{}", s.namespace, s.name).into()),
-        ip: address.ip(),
-        port: address.port(),
+        ..Party::of_pod(pod, address)
     }
 }
 
