@@ -19,7 +19,15 @@ const FILES: [&str; 8] = [
 pub fn generate() -> anyhow::Result<()> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("proto");
     println!("cargo::rerun-if-changed={}", dir.display());
-    let files = protox::compile(FILES, [&dir])
-        .with_context(|| format!("compiling the proto files in {}", dir.display()))?;
-    tonic_prost_build::configure().compile_fds(files).context("generating code from proto files")
+    let compile = || format!("compiling the proto files in {}", dir.display());
+    let mut compiler = protox::Compiler::new([&dir]).with_context(compile)?;
+    compiler.include_imports(true).open_files(FILES).with_context(compile)?;
+    // The messages' own description: their JSON form is written by it.
+    let out = std::env::var_os("OUT_DIR").context("OUT_DIR is not set")?;
+    let descriptors = Path::new(&out).join("descriptors.binpb");
+    std::fs::write(&descriptors, compiler.encode_file_descriptor_set())
+        .with_context(|| format!("writing {}", descriptors.display()))?;
+    tonic_prost_build::configure()
+        .compile_fds(compiler.file_descriptor_set())
+        .context("generating code from proto files")
 }

@@ -38,7 +38,7 @@ use crate::{
         features,
     },
     netns::NetnsOpener,
-    observer::Observer,
+    observer::{self, Observer},
     proxy::{DataPlane, DataPlaneConfig, Dependencies},
     socket_file::SocketError,
     spiffe::{SpiffeIdError, TrustDomain},
@@ -398,7 +398,8 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     )
     .add_service(
         Observer::new(log, config.node.as_str().into(), domain.as_str().into()).into_service(),
-    );
+    )
+    .add_service(observer::health().await);
     // The socket answers until the process ends, also while it drains.
     let mut serving = tokio::spawn(socket.serve(routes, ended.clone().cancelled_owned()));
     let mut serving_workloads = tokio::spawn(workload_api.serve(ended.clone().cancelled_owned()));

@@ -23,7 +23,7 @@ use signet::{
     flow::{
         self, FlowEvent, FlowRecord, KnownBy, Limits, LostCause, Party, Recorder, Reporter, Via,
     },
-    observer::Observer,
+    observer::{self, Observer},
     policy::model::PolicyName,
     socket_file::SocketError,
     spiffe::{SpiffeId, TrustDomain},
@@ -51,7 +51,10 @@ impl Node {
         let observer = Observer::new(log.clone(), inputs.node.clone(), "cluster.local".into());
         let admin = Admin::new(Arc::new(move || inputs.clone()), log, edges);
         let routes = Routes::new(observer.into_service()).add_service(admin.into_service());
-        tokio::spawn(async move { socket.serve(routes, std::future::pending()).await.unwrap() });
+        tokio::spawn(async move {
+            let routes = routes.add_service(observer::health().await);
+            socket.serve(routes, std::future::pending()).await.unwrap();
+        });
         Self { dir, recorder }
     }
 
@@ -322,6 +325,107 @@ async fn flows_are_printed_as_the_contract_says() {
     assert_eq!(lines[2]["event"], "end");
     assert_eq!(lines[2]["durationSeconds"], 4.802);
     assert_eq!(lines[1]["source"]["pod"], "intruder-x2");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn flows_have_hubbles_form_too() {
+    let node = Node::start(inputs("node-2"));
+    node.record([denied(), allowed()]).await;
+    let output = run(&["flows", "--socket", &node.socket(), "-o", "jsonpb"]).await;
+    let lines: Vec<serde_json::Value> =
+        stdout(&output).lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let shown: Vec<_> = lines
+        .iter()
+        .map(|line| {
+            (line["node_name"].as_str().unwrap(), line["flow"]["verdict"].as_str().unwrap())
+        })
+        .collect();
+    assert_eq!(shown, [("node-2", "FORWARDED"), ("node-2", "DROPPED")]);
+    assert_eq!(lines[1]["flow"]["drop_reason_desc"], "POLICY_DENIED");
+    assert_eq!(lines[1]["flow"]["policy_log"][0], "policy_no_match");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn history_is_shown_by_account() {
+    let node = Node::start(inputs("node-2"));
+    node.record([denied(), allowed(), denied(), ended()]).await;
+    let socket = node.socket();
+    let counts = async |filters: &[&str]| -> Vec<String> {
+        let mut args = vec!["flows", "--socket", &socket, "--aggregate", "-o", "json"];
+        args.extend(filters);
+        let output = run(&args).await;
+        assert_eq!((stderr(&output), code(&output)), (String::new(), 0));
+        let mut lines: Vec<_> = stdout(&output)
+            .lines()
+            .map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap())
+            .map(|l| format!("{} {}", l["source"]["serviceAccount"].as_str().unwrap(), l["flows"]))
+            .collect();
+        lines.sort();
+        lines
+    };
+    assert_eq!(counts(&[]).await, ["frontend 1", "intruder 2"]);
+    for (filter, expected) in [
+        (&["--verdict", "dropped"][..], &["intruder 2"][..]),
+        (&["--not", "--verdict", "dropped"], &["frontend 1"]),
+        (&["--identity", "shop/front*"], &["frontend 1"]),
+        (&["--identity", "spiffe://*/ns/shop/sa/intruder"], &["intruder 2"]),
+        (&["--from-namespace", "shop", "--to-port", "8000-8999"], &["frontend 1", "intruder 2"]),
+        (&["--to-namespace", "legacy"], &[]),
+        (&["--port", "9"], &[]),
+        (&["--node", "node-*", "--via", "mtls"], &["frontend 1", "intruder 2"]),
+    ] {
+        assert_eq!(counts(filter).await, expected, "{filter:?}");
+    }
+    let output = run(&["flows", "--socket", &socket, "--aggregate", "--pod", "x"]).await;
+    assert_eq!(code(&output), 2);
+    assert!(stderr(&output).contains("--pod and --aggregate exclude each other"), "{output:?}");
+    let output = run(&["flows", "--socket", &socket, "--aggregate", "-o", "wide"]).await;
+    assert_eq!(code(&output), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_observers_health_is_told() {
+    use tonic_health::pb::{
+        HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+    };
+    let node = Node::start(inputs("node-2"));
+    let path = node.socket();
+    let channel =
+        tonic::transport::Endpoint::from_static("http://signet.local")
+            .connect_with_connector(tower::service_fn(move |_: tonic::transport::Uri| {
+                let path = path.clone();
+                async move {
+                    tokio::net::UnixStream::connect(path).await.map(hyper_util::rt::TokioIo::new)
+                }
+            }))
+            .await
+            .unwrap();
+    let mut client = HealthClient::new(channel);
+    for (service, serves) in [("observer.Observer", true), ("", true), ("no.Such", false)] {
+        let answer = client.check(HealthCheckRequest { service: service.into() }).await;
+        let serving = answer.is_ok_and(|a| a.get_ref().status() == ServingStatus::Serving);
+        assert_eq!(serving, serves, "{service}");
+    }
+}
+
+#[tokio::test]
+async fn shells_complete_and_manuals_are_written() {
+    for shell in ["bash", "zsh", "fish"] {
+        let output = run(&["completion", shell]).await;
+        let script = stdout(&output);
+        assert_eq!(code(&output), 0);
+        assert!(script.contains("aggregate") && script.contains("rollout"), "{shell}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let output = run(&["man", dir.path().to_str().unwrap()]).await;
+    assert_eq!(code(&output), 0, "{output:?}");
+    let page = std::fs::read_to_string(at("signet-flows.1")).unwrap();
+    assert!(page.contains("\\-\\-aggregate") && page.contains("Examples"), "{page}");
+    assert!(at("signet.1").exists() && at("signet-policy-check.1").exists());
+    let output = run(&["man", at("missing").to_str().unwrap()]).await;
+    assert_eq!(code(&output), 3);
+    assert!(stderr(&output).contains("name a directory that exists"), "{output:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

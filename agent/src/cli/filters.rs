@@ -204,6 +204,16 @@ pub fn lists(terms: &[Term]) -> Result<(Vec<FlowFilter>, Vec<FlowFilter>), Failu
 }
 
 impl Term {
+    /// The flag, `_` for `-`.
+    pub(super) fn kind(&self) -> &'static str {
+        self.kind
+    }
+
+    /// What was given.
+    pub(super) fn value(&self) -> &str {
+        &self.value
+    }
+
     fn add_to(&self, filter: &mut FlowFilter) -> Result<(), Failure> {
         let value = self.value.clone();
         let bad = |expected: &'static str| {

@@ -11,6 +11,7 @@ use prost::Message;
 use tokio::sync::mpsc;
 
 use super::{
+    aggregate,
     exit::{Exit, Failure},
     filters::{self, FilterArgs, Term},
     flow_lines,
@@ -18,15 +19,20 @@ use super::{
     table::Table,
 };
 use crate::{
-    flow::merge::{self, StreamMerger},
+    flow::{
+        FlowRecord,
+        merge::{self, StreamMerger},
+    },
     observer::{
         decode::{self, SeenFlow},
         encode::OPTIONS_TYPE,
+        jsonpb::Jsonpb,
     },
     proto::{
         self, detail,
         observer::{
-            GetFlowsRequest, get_flows_response::ResponseTypes, observer_client::ObserverClient,
+            GetFlowsRequest, GetFlowsResponse, get_flows_response::ResponseTypes,
+            observer_client::ObserverClient,
         },
     },
 };
@@ -66,6 +72,9 @@ pub struct FlowsArgs {
     /// Show ends of flows too: bytes, duration, why
     #[arg(long)]
     ends: bool,
+    /// Who talked to whom in the last seven days, counted: from history, which has no pods
+    #[arg(long, conflicts_with_all = ["follow", "ends"])]
+    aggregate: bool,
     #[command(flatten)]
     filters: FilterArgs,
 }
@@ -80,6 +89,8 @@ enum Output {
     Wide,
     /// One JSON object a line.
     Json,
+    /// As Hubble's command line prints it.
+    Jsonpb,
 }
 
 /// Asks, merges, prints.
@@ -91,8 +102,11 @@ pub async fn run(args: FlowsArgs, terms: Vec<Term>) -> Result<Exit, Failure> {
         Output::Compact
     });
     let (agents, is_complete) = sockets::connect_all(&args.sockets).await?;
+    if args.aggregate {
+        return aggregated(&agents, &args, &terms, is_complete).await;
+    }
     let request = request(&args, &terms)?;
-    let mut out = Printer::new(anstream::AutoStream::auto(stdout.lock()), output);
+    let mut out = Printer::new(anstream::AutoStream::auto(stdout.lock()), output)?;
     let result = if args.follow {
         follow(agents, request, &mut out).await
     } else {
@@ -104,6 +118,34 @@ pub async fn run(args: FlowsArgs, terms: Vec<Term>) -> Result<Exit, Failure> {
         Err(Stop::Write(e)) => Err(Failure::new(Exit::Input, format!("stdout: {e}"))),
         Err(Stop::Failure(failure)) => Err(failure),
         Ok(exit) => Ok(exit),
+    }
+}
+
+/// What was seen, from history.
+async fn aggregated(
+    agents: &[Agent],
+    args: &FlowsArgs,
+    terms: &[Term],
+    is_complete: bool,
+) -> Result<Exit, Failure> {
+    let as_json = match args.output {
+        None | Some(Output::Table) => false,
+        Some(Output::Json) => true,
+        Some(_) => {
+            return Err(Failure::new(
+                Exit::Usage,
+                "--aggregate is shown as a table or as JSON: write -o table or -o json",
+            ));
+        }
+    };
+    let found = aggregate::ask(agents, args.since, terms).await?;
+    let mut out = anstream::AutoStream::auto(io::stdout().lock());
+    match aggregate::print(found, args.until, args.last, as_json, &mut out) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::new(Exit::Input, format!("stdout: {e}")))
+        }
+        _ if is_complete => Ok(Exit::Done),
+        _ => Ok(Exit::Unreachable),
     }
 }
 
@@ -234,8 +276,20 @@ async fn follow(
     Ok(exit)
 }
 
+/// A record, and the answer that it came in.
+struct Answer {
+    seen: SeenFlow,
+    response: GetFlowsResponse,
+}
+
+impl AsRef<FlowRecord> for Answer {
+    fn as_ref(&self) -> &FlowRecord {
+        &self.seen.record
+    }
+}
+
 enum Incoming {
-    Flow(Box<SeenFlow>),
+    Flow(Box<Answer>),
     /// A warning.
     Lost(String),
     Ended(Result<(), Failure>),
@@ -264,21 +318,21 @@ async fn read(
     let mut client = ObserverClient::new(agent.channel.clone());
     let mut stream = sockets::within_time(agent, client.get_flows(request)).await?;
     while let Some(response) = stream.message().await.map_err(refused)? {
-        let message = match response.response_types {
+        let message = match &response.response_types {
             Some(ResponseTypes::Flow(flow)) => {
-                let seen = decode::decode(&flow).map_err(|e| {
+                let seen = decode::decode(flow).map_err(|e| {
                     Failure::caused(
                         Exit::Input,
                         anyhow::Error::new(e).context(format!("the agent at {}", agent.socket)),
                     )
                 })?;
-                Incoming::Flow(Box::new(seen))
+                Incoming::Flow(Box::new(Answer { seen, response }))
             }
             Some(ResponseTypes::LostEvents(lost)) => Incoming::Lost(format!(
                 "{} lost {} events ({})",
                 response.node_name,
                 lost.num_events_lost,
-                if lost.cause.is_empty() { lost.source().as_str_name() } else { &lost.cause }
+                if lost.cause.is_empty() { lost.source().as_str_name() } else { &*lost.cause }
             )),
             Some(ResponseTypes::NodeStatus(_)) | None => continue,
         };
@@ -299,14 +353,17 @@ struct Printer<W> {
     output: Output,
     table: Table,
     has_header: bool,
+    jsonpb: Jsonpb,
 }
 
 impl<W: Write> Printer<W> {
-    fn new(out: W, output: Output) -> Self {
-        Self { out, output, table: Table::default(), has_header: false }
+    fn new(out: W, output: Output) -> Result<Self, Failure> {
+        let jsonpb = Jsonpb::new().map_err(|e| Failure::new(Exit::Bug, e.to_string()))?;
+        Ok(Self { out, output, table: Table::default(), has_header: false, jsonpb })
     }
 
-    fn all(&mut self, records: &[SeenFlow]) -> io::Result<()> {
+    fn all(&mut self, answers: &[Answer]) -> io::Result<()> {
+        let records = answers.iter().map(|answer| &answer.seen);
         match self.output {
             Output::Compact => {
                 for seen in records {
@@ -318,14 +375,24 @@ impl<W: Write> Printer<W> {
                     writeln!(self.out, "{}", flow_lines::json(seen)?)?;
                 }
             }
+            Output::Jsonpb => {
+                for answer in answers {
+                    let line = self.jsonpb.line(&answer.response).map_err(io::Error::other)?;
+                    writeln!(self.out, "{line}")?;
+                }
+            }
             Output::Table => self.rows(records, false)?,
             Output::Wide => self.rows(records, true)?,
         }
         self.out.flush()
     }
 
-    fn rows(&mut self, records: &[SeenFlow], wide: bool) -> io::Result<()> {
-        let rows: Vec<_> = records.iter().map(|seen| flow_lines::row(seen, wide)).collect();
+    fn rows<'a>(
+        &mut self,
+        records: impl Iterator<Item = &'a SeenFlow>,
+        wide: bool,
+    ) -> io::Result<()> {
+        let rows: Vec<_> = records.map(|seen| flow_lines::row(seen, wide)).collect();
         let mut header = flow_lines::TABLE.map(String::from).to_vec();
         if wide {
             header.extend(flow_lines::WIDE.map(String::from));

@@ -1,6 +1,7 @@
 //! The command line: arguments to one command, and its exit code.
 
 mod agent;
+mod aggregate;
 mod authority;
 mod edges;
 mod endpoints;
@@ -12,6 +13,7 @@ mod flows;
 mod policy;
 mod probe;
 mod rollout;
+mod shell;
 mod sockets;
 mod status;
 mod svid;
@@ -72,6 +74,10 @@ enum Command {
     /// Show the agent's SVIDs, or fetch one's own inside a pod.
     #[command(subcommand)]
     Svid(svid::SvidCommand),
+    /// Print a script with which a shell completes commands, flags and values.
+    Completion(shell::CompletionArgs),
+    /// Write man pages.
+    Man(shell::ManArgs),
 }
 
 /// Runs one command; `run_agent` is the node agent, which a command line alone does not need.
@@ -125,6 +131,8 @@ fn run(
         Command::Rollout(command) => client(rollout::run(command)),
         Command::Policy(command) => client(policy::run(command)),
         Command::Svid(command) => client(svid::run(command)),
+        Command::Completion(args) => shell::completion(Cli::command(), &args),
+        Command::Man(args) => shell::man(Cli::command(), &args),
     }
 }
 

@@ -5,6 +5,7 @@ pub mod encode;
 pub mod filter;
 pub mod glob;
 pub mod hubble;
+pub mod jsonpb;
 pub mod labels;
 
 use std::{collections::BTreeSet, pin::Pin, sync::Arc, time::Duration};
@@ -14,6 +15,7 @@ use jiff::{SignedDuration, Timestamp};
 use prost::Message;
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 use tonic::{Request, Response, Status};
+use tonic_health::pb::health_server::{Health, HealthServer};
 
 use self::filter::Filters;
 use crate::{
@@ -210,6 +212,14 @@ impl observer_server::Observer for Observer {
             flows_rate: totals.seen as f64 / seconds,
         }))
     }
+}
+
+/// The standard health service, which `hubble status` asks about the observer: an agent that
+/// answers serves it.
+pub async fn health() -> HealthServer<impl Health> {
+    let (reporter, service) = tonic_health::server::health_reporter();
+    reporter.set_serving::<ObserverServer<Observer>>().await;
+    service
 }
 
 impl Observer {
