@@ -1,5 +1,6 @@
 //! The node agent put together: what starts in which order, what ends it, how it ends.
 
+mod cluster;
 mod events;
 mod identity;
 mod picture;
@@ -16,14 +17,14 @@ use tonic::service::Routes;
 use crate::{
     admin::{Admin, IssuerFacts, socket::AdminSocket},
     cluster::{
-        enrolment::{BoardError, FilesBoard},
-        files::{FilesError, FilesParams, FilesSource},
+        enrolment::{BoardError, EnrolmentBoard},
+        files::FilesError,
+        kubernetes::KubernetesError,
         model::{Ranges, World},
+        source::ClusterSource,
     },
     config::{
-        AgentConfig, ConfigError, ConfigSources, Loaded,
-        values::{DefaultAction, LogFormat},
-        watch::FileChanges,
+        AgentConfig, ConfigError, ConfigSources, Loaded, values::LogFormat, watch::FileChanges,
     },
     endpoint::{
         reconcile,
@@ -80,6 +81,9 @@ pub enum DaemonError {
     /// The cluster directory.
     #[error(transparent)]
     Files(#[from] FilesError),
+    /// The Kubernetes API.
+    #[error(transparent)]
+    Kubernetes(#[from] KubernetesError),
     /// The board of served pods.
     #[error(transparent)]
     Board(#[from] BoardError),
@@ -149,6 +153,7 @@ impl DaemonError {
         match self {
             Self::Kernel(KernelError::UnknownFeature { .. })
             | Self::Files(_)
+            | Self::Kubernetes(KubernetesError::Access(_))
             | Self::Board(_)
             | Self::Root(_)
             | Self::Remote(_)
@@ -156,7 +161,9 @@ impl DaemonError {
             | Self::Entries(_)
             | Self::TrustDomain { .. }
             | Self::Missing { .. } => Fault::Input,
-            Self::Kernel(_) | Self::Socket(_) | Self::Start { .. } => Fault::Host,
+            Self::Kernel(_) | Self::Kubernetes(_) | Self::Socket(_) | Self::Start { .. } => {
+                Fault::Host
+            }
             Self::Ended { .. } => Fault::Bug,
         }
     }
@@ -172,22 +179,11 @@ pub fn run(loaded: Loaded, sources: ConfigSources) -> Result<(), DaemonError> {
     let domain = TrustDomain::parse(&config.trust_domain).map_err(|source| {
         DaemonError::TrustDomain { value: config.trust_domain.clone(), source }
     })?;
-    let dir = config.cluster_dir.clone().ok_or(DaemonError::Missing {
-        key: "clusterDir",
-        remedy: "give --cluster-dir, a directory of manifests",
-    })?;
 
     // Who cannot load programs is told so, not that some file belongs to root.
     kernel::check_permitted()?;
     // Inputs first: nothing is loaded into the kernel for a cluster that cannot be read.
-    let params = FilesParams {
-        ranges: ranges(&config),
-        root_namespace: config.root_namespace.as_str().into(),
-        default_deny: config.default_action == DefaultAction::Deny,
-        ..FilesParams::new(domain.clone())
-    };
-    let world = FilesSource::start(&dir, params)?;
-    let board = FilesBoard::open(&dir, &config.node)?;
+    let (source, board) = cluster::open(&config, &domain)?;
     let trust = Trust::new();
     let identity = Identity::open(&config, &domain, &trust)?;
     let entries = workload_api::Entries::open(config.workload_entries.as_deref(), &domain)?;
@@ -201,19 +197,8 @@ pub fn run(loaded: Loaded, sources: ConfigSources) -> Result<(), DaemonError> {
         .enable_all()
         .build()
         .map_err(|source| DaemonError::Start { what: "the control plane's runtime", source })?;
-    let parts = Parts {
-        config,
-        sources,
-        domain,
-        dir,
-        world,
-        board,
-        trust,
-        identity,
-        entries,
-        programs,
-        maps,
-    };
+    let parts =
+        Parts { config, sources, domain, source, board, trust, identity, entries, programs, maps };
     runtime.block_on(serve(parts))
 }
 
@@ -222,9 +207,8 @@ struct Parts {
     config: AgentConfig,
     sources: ConfigSources,
     domain: TrustDomain,
-    dir: std::path::PathBuf,
-    world: watch::Receiver<Arc<World>>,
-    board: FilesBoard,
+    source: Arc<dyn ClusterSource>,
+    board: Box<dyn EnrolmentBoard>,
     trust: Arc<Trust>,
     identity: Identity,
     entries: workload_api::Entries,
@@ -237,8 +221,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         config,
         sources,
         domain,
-        dir,
-        world,
+        source,
         mut board,
         trust,
         mut identity,
@@ -247,6 +230,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         maps,
     } = parts;
     let started = jiff::Timestamp::now();
+    let world = source.worlds();
     let start = |what| move |source| DaemonError::Start { what, source };
     let mut terminate = signal(SignalKind::terminate()).map_err(start("the signal handler"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(start("the signal handler"))?;
@@ -324,7 +308,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     let picture = Arc::new(Picture {
         node: config.node.as_str().into(),
         started,
-        location: dir.display().to_string().into(),
+        source: source.clone(),
         issuer: IssuerFacts {
             trust_domain: domain.as_str().into(),
             name: identity.name.as_str().into(),
@@ -407,7 +391,8 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     let mut reconciling = tokio::spawn(reconcile::run(deps, stop.clone()));
     kernel::memory::keep_giving_back(ended.clone())
         .map_err(start("the thread that gives memory back"))?;
-    tracing::info!(node = %config.node, cluster_dir = %dir.display(), "agent started");
+    let (name, location) = (source.name(), source.location());
+    tracing::info!(node = %config.node, source = name, location, "agent started");
 
     let file_changes = FileChanges::of(sources.file.as_deref());
     let mut applied = config;

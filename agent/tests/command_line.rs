@@ -18,7 +18,10 @@ use signet::{
         SvidState,
         socket::{AdminSocket, path_in},
     },
-    cluster::model::{ModeOrigin, ObjectName, Pod, Problem, Synced, World},
+    cluster::{
+        model::{ModeOrigin, ObjectName, Pod, Problem, Synced, World},
+        source::{WatchFacts, WatchState},
+    },
     endpoint::state::{EndpointKey, EndpointState, NodeState, Waiting},
     flow::{
         self, FlowEvent, FlowRecord, KnownBy, Limits, LostCause, Party, Recorder, Reporter, Via,
@@ -241,6 +244,7 @@ fn inputs(node: &str) -> StatusInputs {
         wanted_since: now - hour,
         source: "files".into(),
         location: "/etc/signet/cluster".into(),
+        watches: vec![],
         kernel: KernelFacts {
             release: "6.18".into(),
             programs: vec![("connect4", true), ("connect6", true)],
@@ -571,6 +575,60 @@ async fn status_is_printed_as_the_contract_says() {
     assert_eq!(json["pods"]["strict"], 1);
     assert_eq!(json["events"]["droppedByReason"]["policy_no_match"], 1);
     assert_eq!(json["counters"]["handshake_failed{kind=\"expired\"}"], 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn watches_of_the_kubernetes_api_are_shown_with_what_fails() {
+    let heard = Timestamp::now() - SignedDuration::from_mins(125);
+    let watch = |kind, state, error: Option<&str>| WatchFacts {
+        kind,
+        state,
+        objects: 3,
+        faulty: usize::from(error.is_some()),
+        lists: 1,
+        events: 3,
+        errors: 0,
+        last_event: None,
+        last_heard: Some(heard),
+        error: error.map(Into::into),
+    };
+    let mut inputs = inputs("node-1");
+    inputs.source = "kubernetes".into();
+    inputs.location = "https://10.96.0.1".into();
+    inputs.watches = vec![
+        watch("Namespace", WatchState::Listed, None),
+        watch("Pod (this node)", WatchState::Waiting, Some("the API server answers 403: no")),
+    ];
+    let node = Node::start(inputs);
+    let socket = node.socket();
+    let text = stdout(&run(&["status", "--socket", &socket]).await);
+    for wanted in [
+        "Cluster    kubernetes https://10.96.0.1  revision 118",
+        "  watch Pod (this node)  failing  the API server answers 403: no; nothing is known of \
+         this kind yet\n",
+    ] {
+        assert!(text.contains(wanted), "{wanted:?} is not in {text}");
+    }
+    let (_, watches) = text.split_once("\nWatches\n").expect("watches are shown");
+    let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert_eq!(
+        watches.lines().map(words).collect::<Vec<_>>(),
+        [
+            "Namespace listed 3 objects no event heard 2h5m ago",
+            "Pod (this node) waiting 3 objects, 1 not read no event heard 2h5m ago the API \
+             server answers 403: no",
+        ]
+    );
+    let json: serde_json::Value =
+        serde_json::from_str(&stdout(&run(&["status", "--socket", &socket, "-o", "json"]).await))
+            .unwrap();
+    let watches = &json["cluster"]["watches"];
+    assert_eq!(
+        (&watches[0]["kind"], &watches[0]["state"]),
+        (&"Namespace".into(), &"listed".into())
+    );
+    assert!(watches[0]["error"].is_null(), "{watches}");
+    assert_eq!(watches[1]["error"], "the API server answers 403: no");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,7 +5,11 @@ use std::{sync::Arc, time::Duration};
 use jiff::Timestamp;
 use signet_ebpf::abi::DropKey;
 
-use crate::{cluster::model::Problem, endpoint::state::NodeState, spiffe::SpiffeId};
+use crate::{
+    cluster::{model::Problem, source::WatchFacts},
+    endpoint::state::NodeState,
+    spiffe::SpiffeId,
+};
 
 /// The picture of a moment.
 #[derive(Clone, Debug)]
@@ -20,10 +24,12 @@ pub struct StatusInputs {
     pub wanted_revision: u64,
     /// When that world was published.
     pub wanted_since: Timestamp,
-    /// `files`, later `kubernetes`.
+    /// `files` or `kubernetes`.
     pub source: Arc<str>,
     /// Where the source reads: a directory, an API server.
     pub location: Arc<str>,
+    /// What the source watches.
+    pub watches: Vec<WatchFacts>,
     /// The kernel's side.
     pub kernel: KernelFacts,
     /// The authority.

@@ -7,6 +7,7 @@ use signet_ebpf::abi::Mode;
 
 use super::inputs::{StatusInputs, SvidFacts, SvidState};
 use crate::{
+    cluster::source::{WatchFacts, WatchState},
     flow::recorder::Totals,
     proto::{self, admin},
     svid::metrics::used,
@@ -90,6 +91,19 @@ fn cluster(inputs: &StatusInputs, now: Timestamp) -> admin::Cluster {
         revision: inputs.wanted_revision,
         applied,
         behind_seconds: if is_behind { seconds_between(inputs.wanted_since, now) } else { 0 },
+        watches: inputs.watches.iter().map(watch).collect(),
+    }
+}
+
+fn watch(facts: &WatchFacts) -> admin::Watch {
+    admin::Watch {
+        kind: facts.kind.into(),
+        state: facts.state.name().into(),
+        objects: facts.objects as u64,
+        faulty: facts.faulty as u64,
+        last_event: facts.last_event.map(proto::timestamp),
+        last_heard: facts.last_heard.map(proto::timestamp),
+        error: facts.error.as_deref().unwrap_or_default().into(),
     }
 }
 
@@ -193,6 +207,15 @@ fn problems(inputs: &StatusInputs, programs: &admin::Programs) -> Vec<admin::Pro
     for svid in &inputs.svids {
         if let Some(error) = &svid.error {
             add(format!("svid {}", svid.id.as_str()), "failed", error.clone());
+        }
+    }
+    for watch in &inputs.watches {
+        if let Some(error) = &watch.error {
+            let stays = match watch.state {
+                WatchState::Waiting => "nothing is known of this kind yet",
+                _ => "what was read last stays in force",
+            };
+            add(format!("watch {}", watch.kind), "failing", format!("{error}; {stays}"));
         }
     }
     for problem in &inputs.problems {

@@ -54,6 +54,25 @@ pub enum ApiError {
     TooMany(String),
 }
 
+/// How the API server is reached: by a kubeconfig, or by the pod's own service account, whose
+/// token is read again as it is renewed.
+///
+/// # Errors
+/// When neither can be read. Nothing is asked yet.
+pub async fn access(kubeconfig: Option<&Path>) -> Result<Config, ApiError> {
+    match kubeconfig {
+        Some(path) => {
+            let wrong = |error: &dyn fmt::Display| {
+                ApiError::Config(format!("kubeconfig {}: {error}", path.display()))
+            };
+            let file = Kubeconfig::read_from(path).map_err(|e| wrong(&e))?;
+            let options = KubeConfigOptions::default();
+            Config::from_custom_kubeconfig(file, &options).await.map_err(|e| wrong(&e))
+        }
+        None => Config::incluster().map_err(|error| ApiError::Config(error.to_string())),
+    }
+}
+
 /// Who a token belongs to, as the API server says.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct TokenUser {
@@ -100,14 +119,7 @@ impl ApiServer {
     /// When neither can be read. Nothing is asked yet.
     pub async fn connect(kubeconfig: Option<&Path>) -> Result<Self, ApiError> {
         let wrong = |error: &dyn fmt::Display| ApiError::Config(error.to_string());
-        let mut config = match kubeconfig {
-            Some(path) => {
-                let file = Kubeconfig::read_from(path).map_err(|e| wrong(&e))?;
-                let options = KubeConfigOptions::default();
-                Config::from_custom_kubeconfig(file, &options).await.map_err(|e| wrong(&e))?
-            }
-            None => Config::incluster().map_err(|e| wrong(&e))?,
-        };
+        let mut config = access(kubeconfig).await?;
         config.connect_timeout = Some(TIMEOUT);
         config.read_timeout = Some(TIMEOUT);
         config.write_timeout = Some(TIMEOUT);

@@ -48,7 +48,10 @@ use self::{
 };
 use crate::{
     api_server::{ApiError, ApiServer},
-    cluster::files::{FilesError, FilesParams, FilesSource},
+    cluster::{
+        files::{FilesError, FilesSource},
+        source::{ClusterSource as _, SourceParams},
+    },
     config::{authority::AuthorityConfig, values::LogFormat},
     spiffe::{SpiffeIdError, TrustDomain},
     telemetry::{
@@ -161,7 +164,8 @@ impl Surroundings {
         };
         let pods: Arc<dyn PodDirectory> = match (&config.cluster_dir, &api) {
             (Some(dir), _) => {
-                Arc::new(FilesPods(FilesSource::start(dir, FilesParams::new(domain.clone()))?))
+                let files = FilesSource::start(dir, SourceParams::new(domain.clone()))?;
+                Arc::new(FilesPods(files.worlds()))
             }
             (None, Some(api)) => Arc::new(KubePods::new(api.clone())),
             (None, None) => return Err(no_access()),

@@ -1,6 +1,7 @@
 //! `signet status`.
 
 use clap::ValueEnum;
+use jiff::Timestamp;
 use serde::Serialize;
 
 use super::{
@@ -10,7 +11,7 @@ use super::{
 };
 use crate::proto::{
     self,
-    admin::{StatusRequest, StatusResponse, admin_client::AdminClient},
+    admin::{StatusRequest, StatusResponse, Watch, admin_client::AdminClient},
 };
 
 /// Arguments of `signet status`.
@@ -175,7 +176,33 @@ fn text(status: &StatusResponse) -> String {
             text.push_str(&format!("  {}\n", printable(&line)));
         }
     }
+    if !cluster.watches.is_empty() {
+        text.push_str("Watches\n");
+        for line in Table::plain(&watches(&cluster.watches, Timestamp::now())) {
+            text.push_str(&format!("  {line}\n"));
+        }
+    }
     text
+}
+
+/// A row a watch.
+fn watches(watches: &[Watch], now: Timestamp) -> Vec<Vec<String>> {
+    let ago = |time: &Option<prost_types::Timestamp>| {
+        let time = time.as_ref().and_then(proto::time)?;
+        let seconds = u64::try_from(now.duration_since(time).as_secs()).unwrap_or(0);
+        Some(format!("{} ago", duration(seconds)))
+    };
+    let row = |watch: &Watch| {
+        let mut objects = format!("{} objects", watch.objects);
+        if watch.faulty > 0 {
+            objects.push_str(&format!(", {} not read", watch.faulty));
+        }
+        let event = ago(&watch.last_event).map_or("no event".into(), |t| format!("event {t}"));
+        let heard = ago(&watch.last_heard).map_or("not heard".into(), |t| format!("heard {t}"));
+        let (kind, error) = (printable(&watch.kind), printable(&watch.error));
+        vec![kind, watch.state.clone(), objects, event, heard, error]
+    };
+    watches.iter().map(row).collect()
 }
 
 /// One line a node.
@@ -256,6 +283,37 @@ struct ClusterJson {
     revision: u64,
     applied: u64,
     behind_seconds: u64,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    watches: Vec<WatchJson>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct WatchJson {
+    kind: String,
+    state: String,
+    objects: u64,
+    faulty: u64,
+    last_event: Option<String>,
+    last_heard: Option<String>,
+    error: Option<String>,
+}
+
+impl WatchJson {
+    fn of(watch: Watch) -> Self {
+        let time = |time: Option<prost_types::Timestamp>| {
+            time.as_ref().and_then(proto::time).map(|time| format!("{time:.3}"))
+        };
+        Self {
+            kind: watch.kind,
+            state: watch.state,
+            objects: watch.objects,
+            faulty: watch.faulty,
+            last_event: time(watch.last_event),
+            last_heard: time(watch.last_heard),
+            error: Some(watch.error).filter(|error| !error.is_empty()),
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -346,6 +404,7 @@ impl StatusJson {
                 revision: cluster.revision,
                 applied: cluster.applied,
                 behind_seconds: cluster.behind_seconds,
+                watches: cluster.watches.into_iter().map(WatchJson::of).collect(),
             },
             identity: IdentityJson {
                 trust_domain: identity.trust_domain,

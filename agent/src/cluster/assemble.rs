@@ -29,7 +29,7 @@ use crate::{
 pub struct Surroundings {
     /// The cluster's own trust domain.
     pub trust_domain: TrustDomain,
-    /// Configured ranges; a list that is empty falls back to what Nodes declare.
+    /// Configured ranges; a list that is empty falls back to what the cluster declares.
     pub ranges: Ranges,
     /// Foreign trust domains and the peers that are dialled there.
     pub federation: Arc<Federation>,
@@ -258,11 +258,17 @@ fn served(
         .collect()
 }
 
-/// Configured ranges, else what Nodes declare (DESIGN §2).
+/// Configured ranges, else what Nodes, ServiceCIDRs and IPPools declare (DESIGN §2).
 fn ranges(configured: Ranges, objects: &Objects) -> Ranges {
     let mut ranges = configured;
     if ranges.pods.is_empty() {
-        ranges.pods = objects.nodes.iter().flat_map(|node| node.pod_ranges.clone()).collect();
+        let nodes = objects.nodes.iter().flat_map(|node| node.pod_ranges.iter());
+        let declared = objects.ranges.iter().flat_map(|declared| declared.pods.iter());
+        ranges.pods = nodes.chain(declared).copied().collect();
+    }
+    if ranges.services.is_empty() {
+        let declared = objects.ranges.iter().flat_map(|declared| declared.services.iter());
+        ranges.services = declared.copied().collect();
     }
     for list in [&mut ranges.pods, &mut ranges.services, &mut ranges.outside] {
         list.sort();

@@ -2,8 +2,11 @@
 //! policy are in place (DESIGN §2, §9).
 //!
 //! In standalone mode it is `status/<node>.yaml` in the cluster directory: each node writes
-//! its own file by atomic rename and reads the others'. What a node says counts only for pods
+//! its own file by atomic rename and reads the others'. With the Kubernetes API it is the
+//! NodeEnrolment that is named like the node ([`crd`]). What a node says counts only for pods
 //! that are bound to it.
+
+pub mod crd;
 
 use std::{
     collections::BTreeMap,
@@ -37,6 +40,23 @@ pub struct Announcement {
     pub time: Timestamp,
 }
 
+/// A node's place among those that announce.
+pub trait EnrolmentBoard: Send + Sync {
+    /// Announces exactly these pods as served, replacing what this node said before. Returns
+    /// whether there was something new to say. A board that writes by itself, later, returns
+    /// the failure of its last attempt until one has succeeded.
+    ///
+    /// # Errors
+    ///
+    /// [`BoardError`]; then peers still see an earlier announcement.
+    fn announce(
+        &mut self,
+        served: &BTreeMap<PodUid, Arc<str>>,
+        revision: u64,
+        now: Timestamp,
+    ) -> Result<bool, BoardError>;
+}
+
 /// Why an announcement could not be written.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -46,6 +66,24 @@ pub enum BoardError {
     Name {
         /// The name.
         node: String,
+    },
+    /// More pods than an announcement holds.
+    #[error(
+        "{count} pods are served on this node; an announcement holds {most}: peers do not see the others"
+    )]
+    TooMany {
+        /// How many there are.
+        count: usize,
+        /// How many fit.
+        most: usize,
+    },
+    /// The API server did not take it.
+    #[error("NodeEnrolment {node}: cannot be written ({cause})")]
+    Send {
+        /// The object's name.
+        node: Arc<str>,
+        /// Why.
+        cause: Arc<str>,
     },
     /// The file system refuses.
     #[error("{}: cannot be written ({source}); the cluster directory must be writable", path.display())]
@@ -68,24 +106,11 @@ impl Announcement {
         let Some(root) = yaml::parse_one(text)? else {
             return Err(Fault::new(0, "empty; the node's agent writes it"));
         };
-        let (mut name, mut served, mut revision, mut time) = (None, BTreeMap::new(), 0, None);
-        root.known_fields(&["node", "served", "revision", "time"], |field, value| {
-            match field {
-                "node" => name = Some(value.text()?),
-                "revision" => revision = value.number(0, u64::MAX)?,
-                "time" => {
-                    let wrong = |_| value.fault(format!("{} is not a time", value.describe()));
-                    time = Some(value.text()?.parse().map_err(wrong)?);
-                }
-                _ => {
-                    for (uid, pod) in value.list(MAX_SERVED, read_served)? {
-                        served.insert(uid, pod);
-                    }
-                }
-            }
-            Ok(())
-        })?;
-        match name {
+        Self::of_node(node, &root)
+    }
+
+    fn of_node(node: &str, root: &yaml::Node) -> Result<Self, Fault> {
+        match root.get("node").map(yaml::Node::text).transpose().map_err(|f| f.within("node"))? {
             Some(name) if name == node => {}
             Some(name) => {
                 let message = format!("{name:?} speaks in the file of {node:?}; ignored");
@@ -93,7 +118,34 @@ impl Announcement {
             }
             None => return Err(root.fault("missing").within("node")),
         }
-        let time = time.ok_or_else(|| root.fault("missing").within("time"))?;
+        Self::of_fields(node, root, &["node", "served", "revision", "time"], MAX_SERVED)
+    }
+
+    /// What a file and an object have in common.
+    fn of_fields(
+        node: &str,
+        fields: &yaml::Node,
+        known: &[&str],
+        most: usize,
+    ) -> Result<Self, Fault> {
+        let (mut served, mut revision, mut time) = (BTreeMap::new(), 0, None);
+        fields.known_fields(known, |field, value| {
+            match field {
+                "revision" => revision = value.number(0, u64::MAX)?,
+                "time" => {
+                    let wrong = |_| value.fault(format!("{} is not a time", value.describe()));
+                    time = Some(value.text()?.parse().map_err(wrong)?);
+                }
+                "served" => {
+                    for (uid, pod) in value.list(most, read_served)? {
+                        served.insert(uid, pod);
+                    }
+                }
+                _ => {}
+            }
+            Ok(())
+        })?;
+        let time = time.ok_or_else(|| fields.fault("missing").within("time"))?;
         Ok(Self { node: node.into(), served, revision, time })
     }
 
@@ -160,14 +212,10 @@ impl FilesBoard {
     pub fn path(&self) -> PathBuf {
         self.dir.join(format!("{}.yaml", self.node))
     }
+}
 
-    /// Announces exactly these pods as served, replacing what this node said before. Returns
-    /// whether there was something new to say.
-    ///
-    /// # Errors
-    ///
-    /// The file system's; then peers still see the last announcement.
-    pub fn announce(
+impl EnrolmentBoard for FilesBoard {
+    fn announce(
         &mut self,
         served: &BTreeMap<PodUid, Arc<str>>,
         revision: u64,

@@ -23,18 +23,14 @@ use self::followed::{Followeds, list, update};
 pub(super) use self::followed::{file_fault, read_bounded, unreadable};
 use super::{
     assemble::{Assembler, Surroundings},
+    collected::{Collected, claims},
     enrolment::{Announcement, BOARD_DIR},
-    manifest::{self, Manifest, Object},
+    manifest::{self, Manifest},
     model::{Override, Problem, Ranges, Synced, World},
-    objects::Objects,
+    source::{ClusterSource, SourceParams, WatchFacts},
 };
 use crate::{
     config::{at_line, values::Enforcement},
-    policy::{
-        istio::{PeerAuthentication, ROOT_NAMESPACE},
-        model::Policy,
-    },
-    spiffe::TrustDomain,
     trust::federation::{self, Federation},
 };
 
@@ -52,34 +48,6 @@ pub const ENFORCEMENT_FILE: &str = "enforcement.yaml";
 const MAX_DEBOUNCES: u32 = 8;
 /// How soon a watch that was lost is set up again.
 const RETRY: Duration = Duration::from_millis(500);
-
-/// How to follow the directory.
-#[derive(Clone, Debug)]
-pub struct FilesParams {
-    /// The cluster's own trust domain.
-    pub trust_domain: TrustDomain,
-    /// Configured ranges; an empty list falls back to `ranges.yaml`, then to the Nodes'.
-    pub ranges: Ranges,
-    /// The namespace whose Istio objects are the mesh's.
-    pub root_namespace: Arc<str>,
-    /// Where no ALLOW selects and the namespace's label does not say, nothing passes.
-    pub default_deny: bool,
-    /// How long the directory must be quiet before it is read; about 30 ms.
-    pub debounce: Duration,
-}
-
-impl FilesParams {
-    /// The usual parameters.
-    pub fn new(trust_domain: TrustDomain) -> Self {
-        Self {
-            trust_domain,
-            ranges: Ranges::default(),
-            root_namespace: ROOT_NAMESPACE.into(),
-            default_deny: false,
-            debounce: Duration::from_millis(30),
-        }
-    }
-}
 
 /// Why the directory cannot be followed; exit code 3.
 #[derive(Debug, thiserror::Error)]
@@ -126,7 +94,10 @@ pub struct FileFault {
 
 /// Follows a directory of manifests.
 #[derive(Debug)]
-pub struct FilesSource;
+pub struct FilesSource {
+    dir: PathBuf,
+    worlds: watch::Receiver<Arc<World>>,
+}
 
 impl FilesSource {
     /// Reads the directory and follows it until the last receiver is dropped.
@@ -137,10 +108,7 @@ impl FilesSource {
     /// # Errors
     ///
     /// A directory or file that cannot be read or understood.
-    pub fn start(
-        dir: impl Into<PathBuf>,
-        params: FilesParams,
-    ) -> Result<watch::Receiver<Arc<World>>, FilesError> {
+    pub fn start(dir: impl Into<PathBuf>, params: SourceParams) -> Result<Self, FilesError> {
         let dir = dir.into();
         let debounce = params.debounce;
         let (signal, events) = mpsc::channel();
@@ -154,13 +122,31 @@ impl FilesSource {
         let mut watches = Watches { watcher, dir: dir.clone(), held: [None, None] };
         // The watch comes before the first reading, so that no change falls between.
         watches.hold().map_err(|source| FilesError::Watch { dir: dir.clone(), source })?;
-        let (mut directory, world) = Directory::open(dir, params)?;
-        let (sender, receiver) = watch::channel(world);
+        let (mut directory, world) = Directory::open(dir.clone(), params)?;
+        let (sender, worlds) = watch::channel(world);
         std::thread::Builder::new()
             .name("signet-files".into())
             .spawn(move || follow(&mut directory, &mut watches, &events, &sender, debounce))
             .map_err(FilesError::Thread)?;
-        Ok(receiver)
+        Ok(Self { dir, worlds })
+    }
+}
+
+impl ClusterSource for FilesSource {
+    fn worlds(&self) -> watch::Receiver<Arc<World>> {
+        self.worlds.clone()
+    }
+
+    fn name(&self) -> &'static str {
+        "files"
+    }
+
+    fn location(&self) -> String {
+        self.dir.display().to_string()
+    }
+
+    fn watches(&self) -> Vec<WatchFacts> {
+        Vec::new()
     }
 }
 
@@ -264,7 +250,7 @@ fn inode(dir: &Path) -> Option<(u64, u64)> {
 #[derive(Debug)]
 struct Directory {
     dir: PathBuf,
-    params: FilesParams,
+    params: SourceParams,
     manifests: Followeds<Manifest>,
     ranges: Followeds<Ranges>,
     federation: Followeds<Arc<Federation>>,
@@ -279,7 +265,7 @@ struct Directory {
 
 impl Directory {
     /// Reads a directory for the first time.
-    fn open(dir: PathBuf, params: FilesParams) -> Result<(Self, Arc<World>), FilesError> {
+    fn open(dir: PathBuf, params: SourceParams) -> Result<(Self, Arc<World>), FilesError> {
         let world = Arc::new(World::empty(params.trust_domain.clone()));
         let default_deny = params.default_deny;
         let mut directory = Self {
@@ -419,21 +405,8 @@ impl Directory {
                 }
             }
         }
-        let announced = self
-            .board
-            .values()
-            .filter_map(|f| f.good.as_ref())
-            .flat_map(|a| a.served.keys().map(|uid| (uid.clone(), a.node.clone())));
-        // Two nodes may claim one pod; the one that it is bound to is meant.
-        let mut claims: HashMap<_, Arc<str>> = HashMap::new();
-        let bound: HashMap<_, _> =
-            collected.objects.pods.iter().map(|p| (&p.uid, p.node.as_ref())).collect();
-        for (uid, node) in announced {
-            let is_bound = bound.get(&uid).copied().flatten() == Some(&node);
-            if is_bound || !claims.contains_key(&uid) {
-                claims.insert(uid, node);
-            }
-        }
+        let board = self.board.values().filter_map(|f| f.good.as_ref());
+        let claims = claims(board, &collected.objects);
         let around = Surroundings {
             trust_domain: self.params.trust_domain.clone(),
             ranges,
@@ -467,36 +440,6 @@ impl Directory {
             subject: format!("file {}{}", fault.path.display(), at_line(fault.line)),
             message: fault.message.clone(),
         }
-    }
-}
-
-/// Objects of all files.
-#[derive(Debug, Default)]
-pub(super) struct Collected {
-    pub(super) objects: Objects,
-    pub(super) policies: Vec<Arc<Policy>>,
-    pub(super) peer_authentications: Vec<Arc<PeerAuthentication>>,
-}
-
-impl Collected {
-    pub(super) fn add(&mut self, object: &Object) {
-        let objects = &mut self.objects;
-        match object {
-            Object::Namespace(o) => objects.namespaces.push(o.clone()),
-            Object::ServiceAccount(name) => objects.service_accounts.push(name.clone()),
-            Object::Pod(o) => objects.pods.push(o.clone()),
-            Object::Service(o) => objects.services.push(o.clone()),
-            Object::Slice(_, o) => objects.slices.push(o.clone()),
-            Object::Node(o) => objects.nodes.push(o.clone()),
-            Object::Policy(o) => self.policies.push(o.clone()),
-            Object::PeerAuthentication(o) => self.peer_authentications.push(o.clone()),
-        }
-    }
-
-    pub(super) fn sort(&mut self) {
-        self.objects.pods.sort_by(|a, b| a.uid.cmp(&b.uid));
-        self.objects.slices.sort_by(|a, b| a.service.cmp(&b.service));
-        self.objects.nodes.sort_by(|a, b| a.name.cmp(&b.name));
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use k8s_openapi::api::{
     core::v1::{Namespace, Node as KubeNode, Pod, Service, ServiceAccount},
     discovery::v1::EndpointSlice,
@@ -11,7 +12,8 @@ use super::{
     model::{ObjectName, Ranges},
     modes::{LabelFault, check_namespace, check_pod},
     objects::{
-        NamespaceFacts, NodeFacts, ObjectFault, PodFacts, ServiceFacts, SliceFacts, object_name,
+        NamespaceFacts, NodeFacts, ObjectFault, PodFacts, RangeFacts, ServiceFacts, SliceFacts,
+        object_name,
     },
 };
 use crate::{
@@ -25,6 +27,9 @@ use crate::{
         native,
     },
 };
+
+/// The most ranges that one object may declare.
+const MAX_DECLARED_RANGES: usize = 64;
 
 /// An object of a manifest.
 #[derive(Clone, PartialEq, Debug)]
@@ -41,6 +46,8 @@ pub enum Object {
     Slice(ObjectName, Arc<SliceFacts>),
     /// A Node.
     Node(Arc<NodeFacts>),
+    /// A ServiceCIDR or Calico's IPPool.
+    Ranges(Arc<RangeFacts>),
     /// A policy, native or Istio's.
     Policy(Arc<Policy>),
     /// Istio's word on plaintext.
@@ -66,6 +73,7 @@ impl Object {
             Self::Service(o) => ("Service", o.name.namespace.clone(), o.name.name.clone()),
             Self::Slice(name, _) => ("EndpointSlice", name.namespace.clone(), name.name.clone()),
             Self::Node(o) => ("Node", empty(), o.name.clone()),
+            Self::Ranges(o) => (&o.name.0, empty(), o.name.1.clone()),
             Self::Policy(o) => (&o.name.kind, o.name.namespace.clone(), o.name.name.clone()),
             Self::PeerAuthentication(o) => {
                 (&o.name.kind, o.name.namespace.clone(), o.name.name.clone())
@@ -175,6 +183,21 @@ fn read_document(place: &Place<'_>, document: &Node, manifest: &mut Manifest) ->
     Ok(())
 }
 
+/// Reads one object that is not of a file, as its API server sent it; `None` for what Signet
+/// does not read.
+///
+/// # Errors
+///
+/// The first field that is not what it should be.
+pub fn read_sent(
+    object: &Node,
+    version: &str,
+    kind: &str,
+    root: &str,
+) -> Result<Option<Object>, Fault> {
+    read_object(object, version, kind, "", root)
+}
+
 /// `None` for kinds that Signet does not read.
 fn read_object(
     document: &Node,
@@ -213,6 +236,14 @@ fn read_object(
                 None => return Ok(None),
             }
         }
+        (version, "ServiceCIDR") if version.starts_with("networking.k8s.io/") => {
+            let services = declared_ranges(document, "cidrs")?;
+            Object::Ranges(range_facts(document, kind, Vec::new(), services)?)
+        }
+        (version, "IPPool") if version.starts_with("crd.projectcalico.org/") => {
+            let pods = declared_ranges(document, "cidr")?;
+            Object::Ranges(range_facts(document, kind, pods, Vec::new())?)
+        }
         (version, istio::AUTHORIZATION_POLICY) if version.starts_with(istio::GROUP) => {
             Object::Policy(Arc::new(istio::read_authorization(document, root)?))
         }
@@ -229,6 +260,32 @@ fn read_object(
         }
     };
     Ok(Some(object))
+}
+
+/// The ranges in a field of `spec`: one, or a list.
+fn declared_ranges(document: &Node, field: &str) -> Result<Vec<IpNet>, Fault> {
+    let read = |node: &Node| parse_range(node.text()?).map_err(|m| node.fault(m));
+    let Some(node) = document.get("spec").and_then(|spec| spec.get(field)) else {
+        return Err(document.fault("missing").within(field).within("spec"));
+    };
+    let ranges = match &node.value {
+        yaml::Value::List(_) => node.list(MAX_DECLARED_RANGES, read),
+        _ => read(node).map(|range| vec![range]),
+    };
+    ranges.map_err(|fault| fault.within(field).within("spec"))
+}
+
+fn range_facts(
+    document: &Node,
+    kind: &str,
+    pods: Vec<IpNet>,
+    services: Vec<IpNet>,
+) -> Result<Arc<RangeFacts>, Fault> {
+    let name = match document.get("metadata").and_then(|metadata| metadata.get("name")) {
+        Some(name) => name.text()?,
+        None => return Err(document.fault("missing").within("metadata.name")),
+    };
+    Ok(Arc::new(RangeFacts { name: (kind.into(), name.into()), pods, services }))
 }
 
 /// A fault of a typed object, at the line of the deepest part of its field that is there.
@@ -350,6 +407,37 @@ status: {phase: Running, podIPs: [{ip: 10.0.0.1}, {ip: fd00::1}]}
             fault("\n---\napiVersion: signet.dev/v1\nkind: IdentityPolicy\nmetadata: {name: a}\n"),
             "3: IdentityPolicy a: apiVersion: \"signet.dev/v1\" is not served; write \
              signet.dev/v1alpha1"
+        );
+    }
+
+    #[test]
+    fn ranges_that_the_cluster_declares() {
+        let text = "apiVersion: networking.k8s.io/v1
+kind: ServiceCIDR
+metadata: {name: kubernetes}
+spec: {cidrs: [10.96.0.0/12, fd01::/108]}
+---
+apiVersion: crd.projectcalico.org/v1
+kind: IPPool
+metadata: {name: default}
+spec: {cidr: 10.42.0.0/16}
+";
+        let manifest = read("f.yaml", text, istio::ROOT_NAMESPACE).unwrap();
+        let [(1, Object::Ranges(services)), (6, Object::Ranges(pods))] =
+            manifest.objects.as_slice()
+        else {
+            panic!("{manifest:?}");
+        };
+        assert_eq!((services.services.len(), services.pods.len()), (2, 0));
+        assert_eq!((pods.services.len(), pods.pods.len()), (0, 1));
+        assert_eq!(
+            fault(&text.replace("10.42.0.0/16", "10.42.0.1/16")),
+            "9: IPPool default: spec.cidr: \"10.42.0.1/16\" has bits set behind its prefix; write \
+             10.42.0.0/16"
+        );
+        assert_eq!(
+            fault(&text.replace("cidrs", "cidr")),
+            "1: ServiceCIDR kubernetes: spec.cidrs: missing"
         );
     }
 

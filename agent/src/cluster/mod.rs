@@ -7,11 +7,14 @@
 //! [`enrolment`] says who is served.
 
 pub mod assemble;
+mod collected;
 pub mod enrolment;
 pub mod files;
+pub mod kubernetes;
 pub mod manifest;
 pub mod model;
 pub mod modes;
 pub mod objects;
 pub mod offline;
 pub mod plaintext;
+pub mod source;

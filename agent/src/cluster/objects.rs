@@ -35,6 +35,8 @@ pub struct Objects {
     pub nodes: Vec<Arc<NodeFacts>>,
     /// ServiceAccounts.
     pub service_accounts: Vec<ObjectName>,
+    /// Address ranges that the cluster declares.
+    pub ranges: Vec<Arc<RangeFacts>>,
 }
 
 /// Why an object cannot be used: field, value and remedy.
@@ -143,6 +145,17 @@ pub struct NodeFacts {
     pub addresses: Vec<IpAddr>,
     /// `spec.podCIDRs`.
     pub pod_ranges: Vec<IpNet>,
+}
+
+/// Address ranges of an object that declares some: a ServiceCIDR, Calico's IPPool.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RangeFacts {
+    /// Kind and name.
+    pub name: (Arc<str>, Arc<str>),
+    /// Pods' ranges.
+    pub pods: Vec<IpNet>,
+    /// Services' ranges.
+    pub services: Vec<IpNet>,
 }
 
 /// Annotation of the pods by which a kubelet shows its static pods.

@@ -10,12 +10,14 @@ use std::{
 
 use super::{
     assemble::{Assembler, Surroundings},
+    collected::Collected,
     files::{
-        Collected, ENFORCEMENT_FILE, FEDERATION_FILE, FileFault, FilesError, FilesParams,
-        RANGES_FILE, file_fault, read_bounded, unreadable,
+        ENFORCEMENT_FILE, FEDERATION_FILE, FileFault, FilesError, RANGES_FILE, file_fault,
+        read_bounded, unreadable,
     },
     manifest::{self, Manifest},
     model::{Override, Ranges, Synced, World},
+    source::SourceParams,
 };
 use crate::trust::federation::Federation;
 
@@ -58,7 +60,7 @@ impl Manifests {
     }
 
     /// The World of all objects; of one that is there twice the later file's counts.
-    pub fn world(&self, params: &FilesParams, federation: Arc<Federation>) -> World {
+    pub fn world(&self, params: &SourceParams, federation: Arc<Federation>) -> World {
         let mut seen = HashSet::new();
         let mut collected = Collected::default();
         for (_, manifest) in self.files.iter().rev() {

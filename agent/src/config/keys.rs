@@ -262,6 +262,22 @@ keys! {
         "Directory of manifests that is followed instead of the Kubernetes API (standalone mode)."
         set(c, v) { c.cluster_dir = Some(path(v)?); }
         get(c) c.cluster_dir.iter().flat_map(|p| shown_path(p)).collect();
+    "kubeconfig" Restart false "file"
+        "How the Kubernetes API is reached; the default is the pod's own service account. Not \
+         used with clusterDir."
+        set(c, v) { c.kubeconfig = Some(path(v)?); }
+        get(c) c.kubeconfig.iter().flat_map(|p| shown_path(p)).collect();
+    "namespace" Restart false "name"
+        "The namespace of the ConfigMaps signet-enforcement and signet-federation; the default \
+         is the service account's, or the kubeconfig's."
+        set(c, v) { c.namespace = Some(label(one(v)?, 63)?); }
+        get(c) shown(c.namespace.as_slice());
+    "watchTimeout" Restart false "duration"
+        "After this the API server ends each watch and it is begun anew, without a new list. A \
+         watch that is silent for a minute (or, when that is shorter, this), and a quarter of \
+         it, is begun anew, too. At most 290 s."
+        set(c, v) { c.watch_timeout = duration(v, 1, 290)?; }
+        get(c) vec![show_duration(c.watch_timeout)];
     "authority" Restart false "embedded|grpc"
         "Who signs SVIDs: the agent itself, from a root on disk, or a server of Istio's CA API at \
          caAddress (signet authority, istiod, istio-csr)."

@@ -34,6 +34,9 @@ use self::yaml::{Fault, Node, Value};
 pub struct AgentConfig {
     pub node: String,
     pub cluster_dir: Option<PathBuf>,
+    pub kubeconfig: Option<PathBuf>,
+    pub namespace: Option<String>,
+    pub watch_timeout: Duration,
     pub authority: Authority,
     pub authority_dir: Option<PathBuf>,
     pub ca_address: Option<String>,
@@ -92,6 +95,9 @@ impl Default for AgentConfig {
         Self {
             node: String::new(),
             cluster_dir: None,
+            kubeconfig: None,
+            namespace: None,
+            watch_timeout: Duration::from_secs(290),
             authority: Authority::Embedded,
             authority_dir: None,
             ca_address: None,

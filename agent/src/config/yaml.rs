@@ -289,6 +289,43 @@ impl Node {
         Ok(())
     }
 
+    /// The tree of a JSON value, which has no lines.
+    ///
+    /// # Errors
+    ///
+    /// Nesting that is deeper than [`MAX_DEPTH`].
+    pub fn from_json(json: serde_json::Value) -> Result<Self, Fault> {
+        Self::from_json_below(json, MAX_DEPTH)
+    }
+
+    fn from_json_below(json: serde_json::Value, levels: usize) -> Result<Self, Fault> {
+        let Some(levels) = levels.checked_sub(1) else {
+            return Err(Fault::new(0, format!("nested deeper than {MAX_DEPTH} levels")));
+        };
+        let value = match json {
+            serde_json::Value::Null => Value::Null,
+            serde_json::Value::Bool(v) => Value::Bool(v),
+            serde_json::Value::Number(v) => match (v.as_i64(), v.as_u64()) {
+                (Some(v), _) => Value::Int(v),
+                (None, Some(v)) => Value::Uint(v),
+                // serde_json's numbers are one of the three.
+                (None, None) => Value::Float(v.as_f64().unwrap_or(f64::NAN)),
+            },
+            serde_json::Value::String(v) => Value::Text(v),
+            serde_json::Value::Array(items) => {
+                let items = items.into_iter().map(|item| Self::from_json_below(item, levels));
+                Value::List(items.collect::<Result<_, _>>()?)
+            }
+            serde_json::Value::Object(fields) => {
+                let fields = fields.into_iter().map(|(name, value)| {
+                    Ok(Field { name, line: 0, node: Self::from_json_below(value, levels)? })
+                });
+                Value::Map(fields.collect::<Result<_, Fault>>()?)
+            }
+        };
+        Ok(Self { line: 0, value })
+    }
+
     /// This tree as a type of serde's.
     ///
     /// # Errors

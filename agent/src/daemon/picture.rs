@@ -10,11 +10,15 @@ use jiff::Timestamp;
 use signet_ebpf::abi::{Reason, counter, enforcement};
 use tokio::sync::watch;
 
+use super::cluster;
 use crate::{
     admin::{
         DropCount, EnforcementState, IssuerFacts, KernelFacts, StatusInputs, SvidFacts, SvidState,
     },
-    cluster::model::{Problem, World},
+    cluster::{
+        model::{Problem, World},
+        source::ClusterSource,
+    },
     endpoint::{
         reconcile::{KernelReport, Pulse},
         state::NodeStateHandle,
@@ -33,7 +37,7 @@ use crate::{
 pub(super) struct Picture {
     pub(super) node: Arc<str>,
     pub(super) started: Timestamp,
-    pub(super) location: Arc<str>,
+    pub(super) source: Arc<dyn ClusterSource>,
     /// Without the roots, which come and go.
     pub(super) issuer: IssuerFacts,
     pub(super) trust: Arc<Trust>,
@@ -86,8 +90,9 @@ impl Picture {
             state: (state.revision > 0).then_some(state),
             wanted_revision,
             wanted_since,
-            source: "files".into(),
-            location: self.location.clone(),
+            source: self.source.name().into(),
+            location: self.source.location().into(),
+            watches: self.source.watches(),
             kernel: KernelFacts {
                 release: rustix::system::uname().release().to_string_lossy().into_owned(),
                 programs: report.programs,
@@ -195,6 +200,7 @@ impl Picture {
         ];
         all.extend(svid::metrics::readings(Timestamp::now(), &held));
         all.extend(self.trust.readings());
+        all.extend(cluster::readings(&self.source.watches()));
         all
     }
 }

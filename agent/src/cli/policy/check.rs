@@ -14,9 +14,10 @@ use crate::{
         table::printable,
     },
     cluster::{
-        files::{ENFORCEMENT_FILE, FEDERATION_FILE, FilesParams},
+        files::{ENFORCEMENT_FILE, FEDERATION_FILE},
         manifest,
         offline::{self, Manifests},
+        source::SourceParams,
     },
     config::values::DefaultAction,
     endpoint::check::{self, Question, Setting},
@@ -119,10 +120,10 @@ fn offline_answer(args: &CheckArgs) -> Result<CheckPolicyResponse, Failure> {
         }
         _ => Arc::default(),
     };
-    let params = FilesParams {
+    let params = SourceParams {
         root_namespace: args.offline.root_namespace.as_str().into(),
         default_deny: args.default_action == DefaultAction::Deny,
-        ..FilesParams::new(domain.clone())
+        ..SourceParams::new(domain.clone())
     };
     let world = manifests.world(&params, federation);
     let mut setting = Setting::default();

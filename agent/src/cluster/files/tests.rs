@@ -4,6 +4,7 @@ use signet_ebpf::abi::Mode;
 
 use super::*;
 use crate::cluster::{enrolment::FilesBoard, model::ModeOrigin};
+use crate::{cluster::enrolment::EnrolmentBoard as _, spiffe::TrustDomain};
 
 struct Dir(tempfile::TempDir);
 
@@ -30,8 +31,8 @@ impl Dir {
     }
 }
 
-fn params() -> FilesParams {
-    FilesParams::new(TrustDomain::parse("cluster.local").unwrap())
+fn params() -> SourceParams {
+    SourceParams::new(TrustDomain::parse("cluster.local").unwrap())
 }
 
 fn open(dir: &Dir) -> (Directory, Arc<World>) {
@@ -328,7 +329,7 @@ async fn wait(receiver: &mut watch::Receiver<Arc<World>>, wanted: impl FnMut(&Ar
 async fn changes_are_followed_live() {
     let dir = Dir::new();
     dir.put("ns.yaml", &namespace("shop", "off"));
-    let mut worlds = FilesSource::start(dir.path(), params()).unwrap();
+    let mut worlds = FilesSource::start(dir.path(), params()).unwrap().worlds();
     assert_eq!(worlds.borrow().revision, 1);
     dir.put("ns.yaml", &namespace("shop", "strict"));
     wait(&mut worlds, |w| w.namespaces["shop"].mode == Mode::Strict).await;
@@ -360,7 +361,7 @@ async fn a_mounted_config_map_is_followed_through_its_links() {
     };
     link("..v1", "..data");
     link("..data/ns.yaml", "ns.yaml");
-    let mut worlds = FilesSource::start(dir.path(), params()).unwrap();
+    let mut worlds = FilesSource::start(dir.path(), params()).unwrap().worlds();
     assert_eq!(worlds.borrow().namespaces["shop"].mode, Mode::Off);
     link("..v2", "..data");
     wait(&mut worlds, |w| w.namespaces["shop"].mode == Mode::Strict).await;
@@ -371,7 +372,7 @@ async fn a_directory_that_goes_keeps_the_last_world_and_comes_back() {
     let outer = Dir::new();
     outer.put("cluster/ns.yaml", &namespace("shop", "strict"));
     let path = outer.path().join("cluster");
-    let mut worlds = FilesSource::start(&path, params()).unwrap();
+    let mut worlds = FilesSource::start(&path, params()).unwrap().worlds();
     fs::rename(&path, outer.path().join("away")).unwrap();
     // Nothing tells of it until something changes; the World stays.
     wait(&mut worlds, |w| !w.problems.is_empty()).await;

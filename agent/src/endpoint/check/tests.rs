@@ -8,7 +8,7 @@ use std::path::Path;
 
 use super::*;
 use crate::{
-    cluster::{files::FilesParams, offline::Manifests},
+    cluster::{offline::Manifests, source::SourceParams},
     policy::istio::ROOT_NAMESPACE,
     spiffe::TrustDomain,
 };
@@ -62,7 +62,7 @@ pub(super) fn world_with(shop: &str, more: &str) -> World {
     .concat();
     let mut manifests = Manifests::default();
     manifests.add(Path::new("t.yaml"), &text, ROOT_NAMESPACE).unwrap();
-    manifests.world(&FilesParams::new(domain()), Arc::default())
+    manifests.world(&SourceParams::new(domain()), Arc::default())
 }
 
 pub(super) fn world(more: &str) -> World {

@@ -489,7 +489,7 @@ fn scope_follows_selectors_namespaces_and_labels() {
     let mut manifests = Manifests::default();
     let text = namespace("shop", "signet.dev/mode: permissive") + &pod + &relabelled;
     manifests.add(Path::new("t.yaml"), &text, ROOT_NAMESPACE).unwrap();
-    let changed = manifests.world(&FilesParams::new(domain()), Arc::default());
+    let changed = manifests.world(&SourceParams::new(domain()), Arc::default());
     assert_eq!(letter(&ask(&changed, Who::Outside, 80)), 'D');
     // Another root namespace.
     let mut manifests = Manifests::default();
@@ -497,7 +497,7 @@ fn scope_follows_selectors_namespaces_and_labels() {
         + &super::pod("shop", "db", "db", "10.0.0.1")
         + &deny("mesh", "");
     manifests.add(Path::new("t.yaml"), &text, "mesh").unwrap();
-    let root = manifests.world(&FilesParams::new(domain()), Arc::default());
+    let root = manifests.world(&SourceParams::new(domain()), Arc::default());
     assert_eq!(letter(&ask(&root, Who::Outside, 80)), 'D');
 }
 
