@@ -14,7 +14,8 @@ use serde_json::{Value, json};
 
 use crate::{
     address::{self, Addresses, Family},
-    agent::Agent,
+    agent::{Agent, Followed},
+    api_server::ApiServer,
     capture::Capture,
     cgroup,
     cluster_dir::{self, ClusterDir},
@@ -35,6 +36,8 @@ pub struct Lab {
     directory: PathBuf,
     family: Family,
     cluster: Arc<ClusterDir>,
+    /// What the agents follow instead of the directory, if they do.
+    api: Option<Arc<ApiServer>>,
     /// Of the last node, when that is a cluster of its own.
     second: Option<Arc<ClusterDir>>,
     switch: Switch,
@@ -61,6 +64,8 @@ pub struct LabOptions {
     pub agent_env: Vec<(String, String)>,
     /// Whether `ranges.yaml` is written.
     pub ranges: bool,
+    /// The agents follow a test API server instead of the directory.
+    pub api_server: bool,
     /// Makes the last node a cluster of its own, with this trust domain and an authority of
     /// its own.
     pub second_domain: Option<String>,
@@ -75,6 +80,7 @@ impl Default for LabOptions {
             agent_flags: Vec::new(),
             agent_env: Vec::new(),
             ranges: true,
+            api_server: false,
             second_domain: None,
         }
     }
@@ -117,7 +123,12 @@ impl Lab {
         let directory = id.directory();
         fs::create_dir_all(directory.join("logs"))
             .with_context(|| directory.display().to_string())?;
-        let cluster = Arc::new(ClusterDir::create(&directory.join("cluster"))?);
+        ensure!(
+            !(options.api_server && options.second_domain.is_some()),
+            "a second cluster has no API server in the lab"
+        );
+        let api = options.api_server.then(ApiServer::start).transpose()?.map(Arc::new);
+        let cluster = Arc::new(ClusterDir::create_with(&directory.join("cluster"), api.clone())?);
         let second = match &options.second_domain {
             Some(_) => Some(Arc::new(ClusterDir::create(&directory.join("cluster-2"))?)),
             None => None,
@@ -152,14 +163,19 @@ impl Lab {
             .iter()
             .map(|node| {
                 let domain = options.second_domain.as_deref().filter(|_| is_second(node));
-                Agent::new(Arc::clone(node), &directory, cluster_of(node), domain, options)
+                let followed = match &api {
+                    Some(api) => Followed::ApiServer(api.listen_in(node.netns())?),
+                    None => Followed::Directory(cluster_of(node).path().to_owned()),
+                };
+                Ok(Agent::new(Arc::clone(node), &directory, followed, domain, options))
             })
-            .collect();
+            .collect::<Result<_>>()?;
         Ok(Self {
             id: id.clone(),
             directory,
             family,
             cluster,
+            api,
             second,
             switch,
             nodes,
@@ -189,6 +205,11 @@ impl Lab {
     /// The cluster's objects.
     pub fn cluster(&self) -> &ClusterDir {
         &self.cluster
+    }
+
+    /// The API server that the agents follow.
+    pub fn api_server(&self) -> Result<&ApiServer> {
+        self.api.as_deref().context("the lab has no API server; see LabOptions::api_server")
     }
 
     /// All nodes.

@@ -18,7 +18,6 @@ use serde_json::Value;
 pub use self::{flows::Flow, usage::Usage};
 use crate::{
     cgroup,
-    cluster_dir::ClusterDir,
     lab::{LabOptions, eventually},
     metrics::Metrics,
     node::Node,
@@ -36,7 +35,7 @@ const METRICS: &str = "127.0.0.1:15020";
 #[derive(Debug)]
 pub struct Agent {
     node: Arc<Node>,
-    cluster_dir: PathBuf,
+    followed: Followed,
     authority_dir: PathBuf,
     logs: PathBuf,
     flags: Mutex<Vec<String>>,
@@ -44,11 +43,23 @@ pub struct Agent {
     running: Mutex<Option<Running>>,
 }
 
+/// What an agent follows.
+#[derive(Clone, Debug)]
+pub(crate) enum Followed {
+    /// A directory of manifests.
+    Directory(PathBuf),
+    /// The API server of a kubeconfig.
+    ApiServer(PathBuf),
+}
+
+/// How soon the agents begin their watches anew, so that tests see it.
+const WATCH_TIMEOUT: &str = "4s";
+
 impl Agent {
     pub(crate) fn new(
         node: Arc<Node>,
         directory: &Path,
-        cluster: &ClusterDir,
+        followed: Followed,
         own_domain: Option<&str>,
         options: &LabOptions,
     ) -> Self {
@@ -60,7 +71,7 @@ impl Agent {
         }
         Self {
             node,
-            cluster_dir: cluster.path().to_owned(),
+            followed,
             authority_dir: directory.join(authority),
             logs: directory.join("logs"),
             flags: Mutex::new(flags),
@@ -126,7 +137,6 @@ impl Agent {
         let workloads = cgroup::path_below_mount(&self.node.workloads())?;
         let mut arguments: Vec<String> = [
             ("--node", self.node.name.clone()),
-            ("--cluster-dir", path(&self.cluster_dir)),
             ("--authority", "embedded".into()),
             ("--authority-dir", path(&self.authority_dir)),
             ("--cgroup-root", workloads),
@@ -138,6 +148,18 @@ impl Agent {
         .into_iter()
         .flat_map(|(flag, value)| [flag.to_owned(), value])
         .collect();
+        let followed = match &self.followed {
+            Followed::Directory(directory) => vec!["--cluster-dir".into(), path(directory)],
+            Followed::ApiServer(kubeconfig) => vec![
+                "--kubeconfig".into(),
+                path(kubeconfig),
+                "--watch-timeout".into(),
+                WATCH_TIMEOUT.into(),
+                "--namespace".into(),
+                "signet-system".into(),
+            ],
+        };
+        arguments.extend(followed);
         arguments.insert(0, "agent".into());
         arguments.extend(lock(&self.flags).iter().cloned());
         Ok(arguments)

@@ -1,34 +1,29 @@
-//! The server's HTTP side: paths, verbs, watches.
+//! The server's HTTP side: who is let in, paths and verbs.
 
-use std::{collections::HashMap, convert::Infallible, sync::Arc};
+use std::{collections::HashMap, sync::Arc};
 
 use axum::{
     Router,
-    body::{Body, Bytes},
-    extract::{Path, Query, Request, State as Extract},
-    http::{Method, StatusCode, header},
+    body::Bytes,
+    extract::{Query, Request, State as Extract},
+    http::{HeaderMap, Method, StatusCode, Uri, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
-    routing::{any, post},
 };
 use serde_json::{Value, json};
 
 use super::{
     Refusal, Shared, State,
-    objects::{KINDS, Selection},
+    kinds::{KINDS, Kind},
+    select::Selection,
+    watch::{self, Wish},
 };
 
-type Params = Query<HashMap<String, String>>;
+type Params = HashMap<String, String>;
 
 pub(super) fn router(shared: Arc<Shared>) -> Router {
     Router::new()
-        .route("/apis/authentication.k8s.io/v1/tokenreviews", post(review))
-        .route("/api/v1/namespaces/{namespace}/serviceaccounts/{name}/token", post(token))
-        .route("/api/v1/{plural}", any(cluster))
-        .route("/api/v1/namespaces/{namespace}/{plural}", any(namespace))
-        .route("/api/v1/namespaces/{namespace}/{plural}/{name}", any(one))
-        .route("/api/v1/nodes/{name}", any(node))
-        .fallback(|| async { Refusal::new(404, "NotFound", "there is no such path") })
+        .fallback(answer)
         .layer(middleware::from_fn_with_state(shared.clone(), admit))
         .with_state(shared)
 }
@@ -36,24 +31,32 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         let code = StatusCode::from_u16(self.code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        (code, axum::Json(self.body())).into_response()
+        let body = axum::Json(self.body());
+        match self.code {
+            429 => (code, [(header::RETRY_AFTER, "1")], body).into_response(),
+            _ => (code, body).into_response(),
+        }
     }
 }
 
 /// Who is let in, and when.
 async fn admit(Extract(shared): Extract<Arc<Shared>>, request: Request, next: Next) -> Response {
-    let (down, delay, gathering) = {
+    let query = request.uri().query().unwrap_or_default();
+    let is_watch = query.split('&').any(|part| matches!(part, "watch=true" | "watch=1"));
+    let (faults, gathering) = {
         let mut state = shared.state();
-        let last = request.uri().path().split('/').rfind(|part| {
-            KINDS.iter().any(|(plural, ..)| plural == part) || *part == "tokenreviews"
-        });
-        let what = format!("{} {}", request.method(), last.unwrap_or("other"));
+        let last =
+            request.uri().path().split('/').rfind(|part| {
+                KINDS.iter().any(|kind| kind.plural == *part) || *part == "tokenreviews"
+            });
+        let verb = if is_watch { "WATCH" } else { request.method().as_str() };
+        let what = format!("{verb} {}", last.unwrap_or("other"));
         let gathering = state.gathering.as_ref().filter(|(of, _)| *of == what);
         let gathering = gathering.map(|(_, barrier)| Arc::clone(barrier));
         *state.requests.entry(what).or_default() += 1;
-        (state.down, state.delay, gathering)
+        (state.faults, gathering)
     };
-    tokio::time::sleep(delay).await;
+    tokio::time::sleep(faults.delay).await;
     if let Some(barrier) = gathering {
         barrier.wait().await;
     }
@@ -61,8 +64,14 @@ async fn admit(Extract(shared): Extract<Arc<Shared>>, request: Request, next: Ne
     if request.headers().get(header::AUTHORIZATION).is_none_or(|value| value != wanted.as_str()) {
         return Refusal::new(401, "Unauthorized", "Unauthorized").into_response();
     }
-    if down {
-        return Refusal::new(503, "ServiceUnavailable", "the server is down").into_response();
+    match faults.refusal {
+        Some(429) => {
+            return Refusal::new(429, "TooManyRequests", "too many requests").into_response();
+        }
+        Some(code) => {
+            return Refusal::new(code, "ServiceUnavailable", "the server is down").into_response();
+        }
+        None => {}
     }
     next.run(request).await
 }
@@ -71,169 +80,226 @@ fn parse(body: &Bytes) -> Result<Value, Refusal> {
     serde_json::from_slice(body).map_err(|e| Refusal::new(400, "BadRequest", e.to_string()))
 }
 
-async fn review(Extract(shared): Extract<Arc<Shared>>, body: Bytes) -> Result<Response, Refusal> {
-    let review = parse(&body)?;
+/// Everything: the path says what.
+async fn answer(
+    Extract(shared): Extract<Arc<Shared>>,
+    method: Method,
+    uri: Uri,
+    Query(params): Query<Params>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Response, Refusal> {
+    let path: Vec<&str> = uri.path().split('/').filter(|part| !part.is_empty()).collect();
+    match path.as_slice() {
+        ["apis", "authentication.k8s.io", "v1", "tokenreviews"] if method == Method::POST => {
+            return review(&shared, &body);
+        }
+        ["api", "v1", "namespaces", namespace, "serviceaccounts", name, "token"]
+            if method == Method::POST =>
+        {
+            return token(&shared, namespace, name, &body);
+        }
+        ["version"] => {
+            return Ok(axum::Json(
+                json!({"major": "1", "minor": "33", "gitVersion": "v1.33.0-lab"}),
+            )
+            .into_response());
+        }
+        _ => {}
+    }
+    if method == Method::GET
+        && let Some(found) = shared.state().installed.discover(&path)
+    {
+        return Ok(axum::Json(found).into_response());
+    }
+    let place = Place::of(&shared, &path)?;
+    let call = Call { shared, place, params, headers, body };
+    match (method, &call.place.name, call.param("watch")) {
+        (Method::GET, None, "true" | "1") => call.watch(),
+        (Method::GET, None, _) => call.list(),
+        (Method::POST, None, _) => call.create(),
+        (Method::GET, Some(name), _) => call.get(name),
+        (Method::PUT, Some(name), _) => call.replace(name),
+        (Method::PATCH, Some(name), _) => call.patch(name),
+        (Method::DELETE, Some(name), _) => call.delete(name),
+        _ => Err(cannot("this verb here")),
+    }
+}
+
+/// What this server is not made for.
+fn cannot(what: &str) -> Refusal {
+    Refusal::new(501, "NotImplemented", format!("the test server cannot do {what}"))
+}
+
+fn review(shared: &Shared, body: &Bytes) -> Result<Response, Refusal> {
+    let review = parse(body)?;
     let state = shared.state();
     let answer = state.tokens.review(&state.objects, review);
     Ok((StatusCode::CREATED, axum::Json(answer)).into_response())
 }
 
-async fn token(
-    Extract(shared): Extract<Arc<Shared>>,
-    Path((namespace, name)): Path<(String, String)>,
-    body: Bytes,
-) -> Result<Response, Refusal> {
-    let request = parse(&body)?;
+fn token(shared: &Shared, namespace: &str, name: &str, body: &Bytes) -> Result<Response, Refusal> {
+    let request = parse(body)?;
     let mut state = shared.state();
     let State { objects, tokens, .. } = &mut *state;
-    let answer = tokens.request(objects, &namespace, &name, request)?;
+    let answer = tokens.request(objects, namespace, name, request)?;
     Ok((StatusCode::CREATED, axum::Json(answer)).into_response())
 }
 
-async fn cluster(
-    Extract(shared): Extract<Arc<Shared>>,
-    Path(plural): Path<String>,
-    params: Params,
-    method: Method,
-    body: Bytes,
-) -> Result<Response, Refusal> {
-    all(shared, &plural, "", params, method, body)
+/// What a path is about.
+struct Place {
+    kind: &'static Kind,
+    /// Empty: none, or all.
+    namespace: String,
+    name: Option<String>,
+    is_status: bool,
 }
 
-async fn namespace(
-    Extract(shared): Extract<Arc<Shared>>,
-    Path((namespace, plural)): Path<(String, String)>,
-    params: Params,
-    method: Method,
-    body: Bytes,
-) -> Result<Response, Refusal> {
-    all(shared, &plural, &namespace, params, method, body)
-}
-
-/// Many objects of a kind: list, watch, create.
-fn all(
-    shared: Arc<Shared>,
-    plural: &str,
-    namespace: &str,
-    Query(params): Params,
-    method: Method,
-    body: Bytes,
-) -> Result<Response, Refusal> {
-    let Some((_, kind, _)) = KINDS.iter().find(|(p, ..)| *p == plural) else {
-        return Err(Refusal::new(404, "NotFound", format!("there is no resource {plural}")));
-    };
-    let param = |name: &str| params.get(name).map(String::as_str).unwrap_or_default();
-    let selection = Selection::parse(plural, namespace, param("fieldSelector"))?;
-    match method {
-        Method::GET if matches!(param("watch"), "true" | "1") => {
-            let from = param("resourceVersion").parse().unwrap_or(0);
-            Ok(watch(shared, selection, from))
+impl Place {
+    fn of(shared: &Shared, path: &[&str]) -> Result<Self, Refusal> {
+        let nowhere = || Refusal::new(404, "NotFound", "there is no such path");
+        let (group, version, rest) = match path {
+            ["api", version, rest @ ..] => ("", *version, rest),
+            ["apis", group, version, rest @ ..] => (*group, *version, rest),
+            _ => return Err(nowhere()),
+        };
+        // `namespaces/<name>` itself and its status are cluster-wide.
+        let (namespace, rest) = match rest {
+            ["namespaces", namespace, rest @ ..] if !matches!(rest, [] | ["status"]) => {
+                (*namespace, rest)
+            }
+            rest => ("", rest),
+        };
+        let (plural, name, is_status) = match rest {
+            [plural] => (*plural, None, false),
+            [plural, name] => (*plural, Some((*name).to_owned()), false),
+            [plural, name, "status"] => (*plural, Some((*name).to_owned()), true),
+            [_, _, other] => return Err(cannot(&format!("the subresource {other}"))),
+            _ => return Err(nowhere()),
+        };
+        let kind = shared.state().installed.find(group, version, plural)?;
+        if is_status && !kind.has_status {
+            return Err(nowhere());
         }
-        Method::GET => {
-            let state = shared.state();
-            let limit = param("limit").parse().unwrap_or(0);
-            let after = Some(param("continue")).filter(|c| !c.is_empty());
-            let (items, more) = state.objects.list(&selection, limit, after);
-            let revision = state.objects.revision().to_string();
-            Ok(axum::Json(json!({
-                "kind": format!("{kind}List"), "apiVersion": "v1",
-                "metadata": {"resourceVersion": revision, "continue": more.unwrap_or_default()},
-                "items": items,
-            }))
-            .into_response())
-        }
-        Method::POST => {
-            let object = parse(&body)?;
-            let made = change(&shared, |state| state.objects.create(plural, namespace, object))?;
-            Ok((StatusCode::CREATED, axum::Json(made)).into_response())
-        }
-        _ => Err(not_allowed()),
+        Ok(Self { kind, namespace: namespace.to_owned(), name, is_status })
     }
 }
 
-async fn node(
-    shared: Extract<Arc<Shared>>,
-    Path(name): Path<String>,
-    method: Method,
+/// A call about objects.
+struct Call {
+    shared: Arc<Shared>,
+    place: Place,
+    params: Params,
+    headers: HeaderMap,
     body: Bytes,
-) -> Result<Response, Refusal> {
-    one(shared, Path((String::new(), "nodes".into(), name)), method, body).await
 }
 
-/// One object: get, replace, delete.
-async fn one(
-    Extract(shared): Extract<Arc<Shared>>,
-    Path((namespace, plural, name)): Path<(String, String, String)>,
-    method: Method,
-    body: Bytes,
-) -> Result<Response, Refusal> {
-    let answer = match method {
-        Method::GET => shared.state().objects.get(&plural, &namespace, &name)?,
-        Method::PUT => {
-            let object = parse(&body)?;
-            change(&shared, |state| state.objects.replace(&plural, &namespace, &name, object))?
+impl Call {
+    fn param(&self, name: &str) -> &str {
+        self.params.get(name).map(String::as_str).unwrap_or_default()
+    }
+
+    fn number<T: std::str::FromStr>(&self, name: &str) -> Result<Option<T>, Refusal> {
+        let text = self.param(name);
+        let bad = |_| Refusal::new(400, "BadRequest", format!("{name}: {text:?} is not a number"));
+        (!text.is_empty()).then(|| text.parse().map_err(bad)).transpose()
+    }
+
+    fn selection(&self) -> Result<Selection, Refusal> {
+        let (fields, labels) = (self.param("fieldSelector"), self.param("labelSelector"));
+        Selection::parse(self.place.kind.plural, &self.place.namespace, fields, labels)
+    }
+
+    fn watch(self) -> Result<Response, Refusal> {
+        if !self.param("sendInitialEvents").is_empty() {
+            return Err(cannot("streaming lists"));
         }
-        Method::DELETE => {
-            change(&shared, |state| state.objects.delete(&plural, &namespace, &name))?
+        let wish = Wish {
+            selection: self.selection()?,
+            from: self.number("resourceVersion")?,
+            bookmarks: matches!(self.param("allowWatchBookmarks"), "true" | "1"),
+            seconds: self.number("timeoutSeconds")?,
+        };
+        Ok(watch::answer(self.shared, self.place.kind, wish))
+    }
+
+    fn list(self) -> Result<Response, Refusal> {
+        if matches!(self.param("resourceVersionMatch"), "Exact") {
+            return Err(cannot("lists of a past version"));
         }
-        _ => return Err(not_allowed()),
-    };
-    Ok(axum::Json(answer).into_response())
-}
+        let selection = self.selection()?;
+        let limit = self.number("limit")?.unwrap_or(0);
+        let token = Some(self.param("continue")).filter(|token| !token.is_empty());
+        let kind = self.place.kind;
+        let state = self.shared.state();
+        let page = state.objects.list(&selection, limit, token)?;
+        Ok(axum::Json(json!({
+            "kind": format!("{}List", kind.kind), "apiVersion": kind.api_version(),
+            "metadata": {
+                "resourceVersion": page.revision.to_string(),
+                "continue": page.more.unwrap_or_default(),
+            },
+            "items": page.items,
+        }))
+        .into_response())
+    }
 
-fn change<T>(
-    shared: &Shared,
-    change: impl FnOnce(&mut State) -> Result<T, Refusal>,
-) -> Result<T, Refusal> {
-    let mut state = shared.state();
-    let result = change(&mut state)?;
-    let revision = state.objects.revision();
-    drop(state);
-    shared.announce(revision);
-    Ok(result)
-}
+    fn create(self) -> Result<Response, Refusal> {
+        let object = parse(&self.body)?;
+        let Place { kind, namespace, .. } = &self.place;
+        let made = self.shared.change(|state| state.objects.create(kind, namespace, object))?;
+        Ok((StatusCode::CREATED, axum::Json(made)).into_response())
+    }
 
-fn not_allowed() -> Refusal {
-    Refusal::new(405, "MethodNotAllowed", "this verb is not known here")
-}
+    fn get(&self, name: &str) -> Result<Response, Refusal> {
+        let Place { kind, namespace, .. } = &self.place;
+        let found = self.shared.state().objects.get(kind.plural, namespace, name)?;
+        Ok(axum::Json(found).into_response())
+    }
 
-/// One JSON object a line for each change, until the client goes.
-fn watch(shared: Arc<Shared>, selection: Selection, from: u64) -> Response {
-    let (sender, receiver) = tokio::sync::mpsc::channel::<Bytes>(64);
-    tokio::spawn(async move {
-        let mut changed = shared.changed.subscribe();
-        let mut seen = from;
-        loop {
-            changed.borrow_and_update();
-            let (changes, revision) = {
-                let state = shared.state();
-                (state.objects.since(seen), state.objects.revision())
-            };
-            let Some(changes) = changes else {
-                let gone = Refusal::new(410, "Expired", "too old resource version").body();
-                let _ = sender.send(line(&json!({"type": "ERROR", "object": gone}))).await;
-                return;
-            };
-            for change in changes {
-                let fits = selection.fits(&change.plural, &change.namespace, &change.object);
-                let event = json!({"type": change.kind, "object": change.object});
-                if fits && sender.send(line(&event)).await.is_err() {
-                    return;
+    fn replace(&self, name: &str) -> Result<Response, Refusal> {
+        let object = parse(&self.body)?;
+        let Place { kind, namespace, is_status, .. } = &self.place;
+        let made = self
+            .shared
+            .change(|state| state.objects.replace(kind, namespace, name, object, *is_status))?;
+        Ok(axum::Json(made).into_response())
+    }
+
+    fn patch(&self, name: &str) -> Result<Response, Refusal> {
+        let Place { kind, namespace, is_status, .. } = &self.place;
+        let content = self.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+        let made = match content {
+            Some("application/apply-patch+yaml") => {
+                let manager = self.param("fieldManager");
+                if manager.is_empty() {
+                    let message = "fieldManager: Required value: is required for apply patch";
+                    return Err(Refusal::new(422, "Invalid", message));
                 }
+                if *is_status {
+                    return Err(cannot("server-side apply of a status"));
+                }
+                // JSON is YAML, and what clients send.
+                let object = parse(&self.body)?;
+                let force = self.param("force") == "true";
+                self.shared.change(|state| {
+                    state.objects.apply_by(kind, namespace, name, object, manager, force)
+                })?
             }
-            seen = seen.max(revision);
-            tokio::select! {
-                result = changed.changed() => if result.is_err() { return },
-                () = sender.closed() => return,
+            Some("application/merge-patch+json") => {
+                let patch = parse(&self.body)?;
+                self.shared.change(|state| {
+                    state.objects.merge_patch(kind, namespace, name, &patch, *is_status)
+                })?
             }
-        }
-    });
-    let stream = futures_util::stream::unfold(receiver, |mut receiver| async {
-        receiver.recv().await.map(|bytes| (Ok::<_, Infallible>(bytes), receiver))
-    });
-    Response::new(Body::from_stream(stream))
-}
+            other => return Err(cannot(&format!("patches of type {other:?}"))),
+        };
+        Ok(axum::Json(made).into_response())
+    }
 
-fn line(event: &Value) -> Bytes {
-    Bytes::from(format!("{event}\n"))
+    fn delete(&self, name: &str) -> Result<Response, Refusal> {
+        let Place { kind, namespace, .. } = &self.place;
+        let gone = self.shared.change(|s| s.objects.delete(kind.plural, namespace, name))?;
+        Ok(axum::Json(gone).into_response())
+    }
 }

@@ -1,13 +1,20 @@
-//! A test API server: the few kinds that Signet's parts read and write, with what makes a real
-//! one hard to use right: versions and conflicts, pages, watches that run out, tokens that are
-//! bound to audiences and pods and die with them, and times when it does not answer.
+//! A test API server: the kinds that Signet's parts read and write, with what makes a real one
+//! hard to use right: versions and conflicts, pages, selectors, watches with bookmarks that run
+//! out or begin too late, server-side apply, tokens that are bound to audiences and pods and die
+//! with them, kinds that are installed later, and times when it does not answer, stalls or
+//! breaks off ([`Faults`]).
 //!
 //! It speaks HTTP on a loopback address and wants a bearer token; [`ApiServer::kubeconfig`]
-//! leads any client to it.
+//! leads any client to it, [`ApiServer::listen_in`] one in another network namespace. What it
+//! cannot do (streaming lists, strategic merge patches, OpenAPI, admission, RBAC) it answers
+//! with 501 or 404.
 
 mod http;
+mod kinds;
 mod objects;
+mod select;
 mod tokens;
+mod watch;
 
 use std::{
     collections::BTreeMap,
@@ -21,15 +28,20 @@ use std::{
 
 use anyhow::{Context, Result, anyhow};
 use serde_json::{Value, json};
-use tokio::sync::{Barrier, oneshot, watch};
+use tokio::sync::{Barrier, oneshot, watch as channel};
 
-use self::{objects::Objects, tokens::Tokens};
+use self::{kinds::Installed, objects::Objects, tokens::Tokens};
+use crate::netns;
+
+/// How often a watch is told that nothing happened; a real server does so every minute.
+const BOOKMARK_EVERY: Duration = Duration::from_secs(1);
 
 /// A test API server; ends when it is dropped.
 pub struct ApiServer {
     address: SocketAddr,
     directory: tempfile::TempDir,
     shared: Arc<Shared>,
+    handle: tokio::runtime::Handle,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<thread::JoinHandle<()>>,
 }
@@ -38,7 +50,9 @@ pub struct ApiServer {
 struct Shared {
     state: Mutex<State>,
     /// The revision, for watches.
-    changed: watch::Sender<u64>,
+    changed: channel::Sender<u64>,
+    /// Counts up when all watches break off.
+    drops: channel::Sender<u64>,
     /// The token that clients present.
     client_token: String,
 }
@@ -47,14 +61,23 @@ struct Shared {
 struct State {
     objects: Objects,
     tokens: Tokens,
-    /// Every request is answered 503 while set.
-    down: bool,
-    /// Each request waits so long first.
-    delay: Duration,
+    installed: Installed,
+    faults: Faults,
     /// Requests by method and resource, for assertions.
     requests: BTreeMap<String, usize>,
     /// Requests of this method and resource wait for each other here.
     gathering: Option<(String, Arc<Barrier>)>,
+}
+
+/// What is wrong with the server at the moment.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Faults {
+    /// Every request is answered with this code: 503, 429, ….
+    pub refusal: Option<u16>,
+    /// Each request waits so long first.
+    pub delay: Duration,
+    /// Open watches tell nothing, not even bookmarks, and do not end.
+    pub stalled: bool,
 }
 
 /// An answer that is no success, as a `Status` object.
@@ -83,9 +106,21 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells watches of a change.
-    fn announce(&self, revision: u64) {
+    /// Changes objects and tells watches.
+    fn change<T>(
+        &self,
+        change: impl FnOnce(&mut State) -> Result<T, Refusal>,
+    ) -> Result<T, Refusal> {
+        let mut state = self.state();
+        let result = change(&mut state)?;
+        let revision = state.objects.revision();
+        drop(state);
         self.changed.send_replace(revision);
+        Ok(result)
+    }
+
+    fn bookmark_every(&self) -> Duration {
+        BOOKMARK_EVERY
     }
 }
 
@@ -95,7 +130,8 @@ impl ApiServer {
         let directory = tempfile::tempdir().context("a directory")?;
         let shared = Arc::new(Shared {
             state: Mutex::default(),
-            changed: watch::Sender::new(0),
+            changed: channel::Sender::new(0),
+            drops: channel::Sender::new(0),
             client_token: format!("client-{}", uuid::Uuid::new_v4()),
         });
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -107,6 +143,7 @@ impl ApiServer {
         let (stop, stopped) = oneshot::channel();
         let (sender, receiver) = std::sync::mpsc::channel();
         let served = shared.clone();
+        let handle = runtime.handle().clone();
         let thread = thread::spawn(move || {
             runtime.block_on(async move {
                 let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await;
@@ -125,19 +162,20 @@ impl ApiServer {
             });
         });
         let address = receiver.recv().map_err(|_| anyhow!("the server's thread has ended"))??;
-        let server = Self { address, directory, shared, stop: Some(stop), thread: Some(thread) };
-        server.write_kubeconfig()?;
+        let server =
+            Self { address, directory, shared, handle, stop: Some(stop), thread: Some(thread) };
+        server.write_kubeconfig(&server.kubeconfig(), address)?;
         Ok(server)
     }
 
-    fn write_kubeconfig(&self) -> Result<()> {
+    fn write_kubeconfig(&self, path: &Path, address: SocketAddr) -> Result<()> {
         let config = json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "lab",
-            "clusters": [{"name": "lab", "cluster": {"server": self.url()}}],
+            "clusters": [{"name": "lab", "cluster": {"server": format!("http://{address}")}}],
             "users": [{"name": "lab", "user": {"token": self.shared.client_token}}],
             "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "lab"}}],
         });
-        fs::write(self.kubeconfig(), config.to_string()).context("the kubeconfig")
+        fs::write(path, config.to_string()).context("the kubeconfig")
     }
 
     /// Its URL.
@@ -150,6 +188,27 @@ impl ApiServer {
         self.directory.path().join("kubeconfig")
     }
 
+    /// Listens on a loopback address of another network namespace, too; the kubeconfig for there.
+    pub fn listen_in(&self, namespace: &Path) -> Result<PathBuf> {
+        let listener = netns::inside(namespace, || {
+            let listener = std::net::TcpListener::bind("127.0.0.1:0").context("a listener")?;
+            listener.set_nonblocking(true).context("a listener")?;
+            Ok(listener)
+        })?;
+        let address = listener.local_addr().context("a listener")?;
+        let router = http::router(self.shared.clone());
+        self.handle.spawn(async move {
+            match tokio::net::TcpListener::from_std(listener) {
+                Ok(listener) => drop(axum::serve(listener, router).await),
+                Err(error) => eprintln!("the test API server does not listen: {error}"),
+            }
+        });
+        let name = namespace.file_name().unwrap_or_default().to_string_lossy();
+        let path = self.directory.path().join(format!("kubeconfig-{name}"));
+        self.write_kubeconfig(&path, address)?;
+        Ok(path)
+    }
+
     /// A directory that lives as long as the server, for files of a test.
     pub fn directory(&self) -> &Path {
         self.directory.path()
@@ -157,12 +216,9 @@ impl ApiServer {
 
     /// Creates an object, or replaces it whatever its version.
     pub fn apply(&self, object: Value) -> Result<Value> {
-        let mut state = self.shared.state();
-        let applied = state.objects.apply(object).map_err(|r| anyhow!("{}", r.message))?;
-        let revision = state.objects.revision();
-        drop(state);
-        self.shared.announce(revision);
-        Ok(applied)
+        self.shared
+            .change(|state| state.objects.apply(object))
+            .map_err(|r| anyhow!("{}", r.message))
     }
 
     /// An object, by plural (`pods`), namespace (empty: none) and name.
@@ -172,12 +228,42 @@ impl ApiServer {
 
     /// Removes an object.
     pub fn delete(&self, plural: &str, namespace: &str, name: &str) -> Result<()> {
-        let mut state = self.shared.state();
-        state.objects.delete(plural, namespace, name).map_err(|r| anyhow!("{}", r.message))?;
-        let revision = state.objects.revision();
-        drop(state);
-        self.shared.announce(revision);
-        Ok(())
+        self.shared
+            .change(|state| state.objects.delete(plural, namespace, name))
+            .map(drop)
+            .map_err(|r| anyhow!("{}", r.message))
+    }
+
+    /// Removes an object by its kind (`Pod`).
+    pub fn delete_kind(&self, kind: &str, namespace: &str, name: &str) -> Result<()> {
+        let known = kinds::KINDS.iter().find(|known| known.kind == kind);
+        let known = known.with_context(|| format!("kind {kind:?} is not known"))?;
+        self.delete(known.plural, namespace, name)
+    }
+
+    /// Installs a custom kind by its plural; before that the server answers 404.
+    pub fn install(&self, plural: &str) -> Result<()> {
+        self.set_installed(plural, true)
+    }
+
+    /// Removes a custom kind with all its objects.
+    pub fn uninstall(&self, plural: &str) -> Result<()> {
+        self.set_installed(plural, false)
+    }
+
+    fn set_installed(&self, plural: &str, is_there: bool) -> Result<()> {
+        let changed = self.shared.change(|state| {
+            let is_known = state.installed.set(plural, is_there);
+            if is_known && !is_there {
+                state.objects.delete_all(plural);
+            }
+            Ok(is_known)
+        });
+        match changed {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(anyhow!("{plural:?} is not a custom kind of the test server")),
+            Err(refusal) => Err(anyhow!("{}", refusal.message)),
+        }
     }
 
     /// A pod of an account, bound to a node; its uid.
@@ -230,14 +316,32 @@ impl ApiServer {
             .map_err(|r| anyhow!("{}", r.message))
     }
 
-    /// Answers 503 to everything, or again as it should.
+    /// Answers 503 to everything and ends every watch, or again as it should.
     pub fn set_down(&self, down: bool) {
-        self.shared.state().down = down;
+        self.set_faults(|faults| faults.refusal = down.then_some(503));
+        if down {
+            self.drop_watches();
+        }
     }
 
-    /// Lets each request wait first.
-    pub fn set_delay(&self, delay: Duration) {
-        self.shared.state().delay = delay;
+    /// Changes what is wrong with the server.
+    pub fn set_faults(&self, change: impl FnOnce(&mut Faults)) {
+        change(&mut self.shared.state().faults);
+        // Watches look again.
+        self.shared.changed.send_modify(|_| {});
+    }
+
+    /// Every watch breaks off in the midst.
+    pub fn drop_watches(&self) {
+        self.shared.drops.send_modify(|count| *count += 1);
+    }
+
+    /// Forgets every past change: whoever wants to go on from one is told 410.
+    pub fn forget_history(&self) {
+        let _ = self.shared.change(|state| {
+            state.objects.forget();
+            Ok(())
+        });
     }
 
     /// From now on requests of a method and resource (`POST secrets`) are answered only in

@@ -4,7 +4,11 @@ use std::collections::{BTreeMap, VecDeque};
 
 use serde_json::{Map, Value, json};
 
-use super::Refusal;
+use super::{
+    Refusal,
+    kinds::{KINDS, Kind},
+    select::Selection,
+};
 
 /// Changes that are remembered; who asks for older ones is told 410.
 const HISTORY: usize = 1000;
@@ -13,23 +17,14 @@ const MAX_OBJECT: usize = 1_500_000;
 /// The most bytes of a Secret's or ConfigMap's data.
 const MAX_DATA: usize = 1024 * 1024;
 
-/// Plural, kind, whether it is in a namespace.
-pub(super) const KINDS: &[(&str, &str, bool)] = &[
-    ("pods", "Pod", true),
-    ("secrets", "Secret", true),
-    ("configmaps", "ConfigMap", true),
-    ("serviceaccounts", "ServiceAccount", true),
-    ("services", "Service", true),
-    ("namespaces", "Namespace", false),
-    ("nodes", "Node", false),
-];
-
-/// All objects of the core group.
+/// All objects.
 #[derive(Default)]
 pub(super) struct Objects {
     revision: u64,
     all: BTreeMap<Key, Value>,
     changes: VecDeque<Change>,
+    /// What each field manager applied last, by object.
+    applied: BTreeMap<(Key, String), Value>,
 }
 
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -43,49 +38,37 @@ struct Key {
 #[derive(Clone)]
 pub(super) struct Change {
     pub(super) revision: u64,
-    pub(super) plural: String,
-    pub(super) namespace: String,
-    pub(super) kind: &'static str,
-    pub(super) object: Value,
+    plural: String,
+    namespace: String,
+    /// The object before; `None`: there was none.
+    before: Option<Value>,
+    /// The object after; `None`: it was deleted.
+    after: Option<Value>,
 }
 
-/// What of a kind is asked for.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Selection {
-    pub(super) plural: String,
-    /// Empty: all.
-    pub(super) namespace: String,
-    /// `field=value`, all of which must hold.
-    pub(super) fields: Vec<(String, String)>,
-}
-
-impl Selection {
-    pub(super) fn parse(plural: &str, namespace: &str, selector: &str) -> Result<Self, Refusal> {
-        let mut fields = Vec::new();
-        for term in selector.split(',').filter(|t| !t.is_empty()) {
-            let bad = || Refusal::new(400, "BadRequest", format!("field selector {term:?}"));
-            let (field, value) = term.split_once('=').ok_or_else(bad)?;
-            if !matches!(field, "spec.nodeName" | "metadata.name" | "metadata.namespace") {
-                return Err(Refusal::new(
-                    400,
-                    "BadRequest",
-                    format!("field label not supported: {field}"),
-                ));
-            }
-            fields.push((field.to_owned(), value.trim_start_matches('=').to_owned()));
-        }
-        Ok(Self { plural: plural.into(), namespace: namespace.into(), fields })
-    }
-
-    pub(super) fn fits(&self, plural: &str, namespace: &str, object: &Value) -> bool {
-        let field = |path: &str| {
-            let pointer = format!("/{}", path.replace('.', "/"));
-            object.pointer(&pointer).and_then(Value::as_str).unwrap_or_default().to_owned()
+impl Change {
+    /// The event for a watch with this selection: an object that begins to fit is new to it, one
+    /// that fits no more is gone.
+    pub(super) fn event(&self, selection: &Selection) -> Option<Value> {
+        let fits = |object: &&Value| selection.fits(&self.plural, &self.namespace, object);
+        let (before, after) = (self.before.as_ref().filter(fits), self.after.as_ref().filter(fits));
+        let (kind, mut object) = match (before, after) {
+            (None, None) => return None,
+            (None, Some(after)) => ("ADDED", after.clone()),
+            (Some(_), Some(after)) => ("MODIFIED", after.clone()),
+            (Some(before), None) => ("DELETED", before.clone()),
         };
-        plural == self.plural
-            && (self.namespace.is_empty() || namespace == self.namespace)
-            && self.fields.iter().all(|(path, value)| field(path) == *value)
+        object["metadata"]["resourceVersion"] = self.revision.to_string().into();
+        Some(json!({"type": kind, "object": object}))
     }
+}
+
+/// A page of a list.
+pub(super) struct Page {
+    pub(super) items: Vec<Value>,
+    pub(super) revision: u64,
+    /// The token to go on with.
+    pub(super) more: Option<String>,
 }
 
 impl Objects {
@@ -97,42 +80,56 @@ impl Objects {
         self.all.get(&key(plural, namespace, name)).cloned().ok_or_else(|| missing(plural, name))
     }
 
-    /// A page of a list: the objects, and the name to go on after.
+    /// A page of a list. Its revision is the first page's: what has changed since, a watch from
+    /// there tells.
     pub(super) fn list(
         &self,
         selection: &Selection,
         limit: usize,
-        after: Option<&str>,
-    ) -> (Vec<Value>, Option<String>) {
+        token: Option<&str>,
+    ) -> Result<Page, Refusal> {
+        let bad = || Refusal::new(400, "BadRequest", "continue key is not valid");
+        let token = token.map(|token| token.split_once(':').ok_or_else(bad)).transpose()?;
+        let revision = match token {
+            Some((revision, _)) => revision.parse().map_err(|_| bad())?,
+            None => self.revision,
+        };
+        if self.is_forgotten(revision) {
+            let message = "The provided continue parameter is too old to display a consistent \
+                           list result";
+            return Err(Refusal::new(410, "Expired", message));
+        }
+        let after = token.map(|(_, after)| after);
         let mark = |k: &Key| format!("{}/{}", k.namespace, k.name);
         let mut fitting = self
             .all
             .iter()
             .filter(|(k, object)| selection.fits(&k.plural, &k.namespace, object))
             .filter(|(k, _)| after.is_none_or(|after| mark(k).as_str() > after));
-        let mut page = Vec::new();
+        let mut items = Vec::new();
         let mut last = None;
         for (k, object) in fitting.by_ref() {
-            page.push(object.clone());
+            items.push(object.clone());
             last = Some(mark(k));
-            if limit > 0 && page.len() == limit {
+            if limit > 0 && items.len() == limit {
                 break;
             }
         }
-        let more = fitting.next().is_some();
-        (page, last.filter(|_| more))
+        let more = last.filter(|_| fitting.next().is_some());
+        Ok(Page { items, revision, more: more.map(|mark| format!("{revision}:{mark}")) })
     }
 
+    /// Creates an object; a uid that it brings along is not kept.
     pub(super) fn create(
         &mut self,
-        plural: &str,
+        kind: &Kind,
         namespace: &str,
         object: Value,
     ) -> Result<Value, Refusal> {
-        let (name, object) = checked(plural, namespace, object)?;
-        let key = key(plural, namespace, &name);
+        let (name, mut object) = checked(kind, namespace, object)?;
+        let key = key(kind.plural, namespace, &name);
         if self.all.contains_key(&key) {
-            let message = format!("{plural} {name:?} already exists");
+            let message = format!("{} {name:?} already exists", kind.plural);
             return Err(Refusal::new(409, "AlreadyExists", message));
         }
         if object.pointer("/metadata/resourceVersion").is_some() {
@@ -142,17 +139,23 @@ impl Objects {
                 "resourceVersion should not be set on objects to be created",
             ));
         }
+        if let Some(metadata) = object["metadata"].as_object_mut() {
+            metadata.remove("uid");
+        }
         Ok(self.put(key, object, None))
     }
 
+    /// Replaces an object, or with `status` only that part of it.
     pub(super) fn replace(
         &mut self,
-        plural: &str,
+        kind: &Kind,
         namespace: &str,
         name: &str,
         object: Value,
+        is_status: bool,
     ) -> Result<Value, Refusal> {
-        let (own, object) = checked(plural, namespace, object)?;
+        let plural = kind.plural;
+        let (own, object) = checked(kind, namespace, object)?;
         if own != name {
             let message = format!("the name of the object ({own}) is not the URL's ({name})");
             return Err(Refusal::new(400, "BadRequest", message));
@@ -169,13 +172,79 @@ impl Objects {
             );
             return Err(Refusal::new(409, "Conflict", message));
         }
+        let object = divided(kind, Some(&present), object, is_status);
         Ok(self.put(key, object, Some(present)))
     }
 
-    /// Creates or replaces, whatever the version.
+    /// Server-side apply: what this manager applied before and applies no more goes, what others
+    /// wrote stays. Two managers that want different values of a field conflict unless forced.
+    /// Lists are atomic.
+    pub(super) fn apply_by(
+        &mut self,
+        kind: &Kind,
+        namespace: &str,
+        name: &str,
+        object: Value,
+        manager: &str,
+        force: bool,
+    ) -> Result<Value, Refusal> {
+        let (own, object) = checked(kind, namespace, object)?;
+        if own != name {
+            let message = format!("the name of the object ({own}) is not the URL's ({name})");
+            return Err(Refusal::new(400, "BadRequest", message));
+        }
+        let key = key(kind.plural, namespace, name);
+        let present = self.all.get(&key).cloned();
+        for ((of, other), theirs) in &self.applied {
+            if *of == key
+                && other != manager
+                && !force
+                && let Some(field) = conflict(theirs, &object, String::new())
+            {
+                let message =
+                    format!("Apply failed with 1 conflict: conflict with {other:?}: {field}");
+                return Err(Refusal::new(409, "Conflict", message));
+            }
+        }
+        let mut merged = present.clone().unwrap_or_else(|| json!({}));
+        if let Some(before) = self.applied.get(&(key.clone(), manager.to_owned())) {
+            take_away(&mut merged, before, &object);
+        }
+        merge(&mut merged, &object);
+        let merged = divided(kind, present.as_ref(), merged, false);
+        if force {
+            for ((of, other), theirs) in &mut self.applied {
+                if *of == key && other != manager {
+                    take_away(theirs, &object, &json!({}));
+                }
+            }
+        }
+        self.applied.insert((key.clone(), manager.to_owned()), object);
+        Ok(self.put(key, merged, present))
+    }
+
+    /// A JSON merge patch (RFC 7386).
+    pub(super) fn merge_patch(
+        &mut self,
+        kind: &Kind,
+        namespace: &str,
+        name: &str,
+        patch: &Value,
+        is_status: bool,
+    ) -> Result<Value, Refusal> {
+        let key = key(kind.plural, namespace, name);
+        let present = self.all.get(&key).cloned().ok_or_else(|| missing(kind.plural, name))?;
+        let mut object = present.clone();
+        merge_patch(&mut object, patch);
+        let (_, object) = checked(kind, namespace, object)?;
+        let object = divided(kind, Some(&present), object, is_status);
+        Ok(self.put(key, object, Some(present)))
+    }
+
+    /// Creates or replaces, whatever the version; with another uid it is another object.
     pub(super) fn apply(&mut self, mut object: Value) -> Result<Value, Refusal> {
         let kind = object["kind"].as_str().unwrap_or_default().to_owned();
-        let Some((plural, ..)) = KINDS.iter().find(|(_, k, _)| *k == kind) else {
+        let Some(kind) = KINDS.iter().find(|k| k.kind == kind) else {
             return Err(Refusal::new(400, "BadRequest", format!("kind {kind:?} is not known")));
         };
         let namespace =
@@ -183,8 +252,13 @@ impl Objects {
         if let Some(metadata) = object.pointer_mut("/metadata").and_then(Value::as_object_mut) {
             metadata.remove("resourceVersion");
         }
-        let (name, object) = checked(plural, &namespace, object)?;
-        let key = key(plural, &namespace, &name);
+        let (name, object) = checked(kind, &namespace, object)?;
+        let uid = object["metadata"]["uid"].as_str();
+        let present = self.all.get(&key(kind.plural, &namespace, &name));
+        if present.is_some_and(|p| uid.is_some() && p["metadata"]["uid"].as_str() != uid) {
+            self.delete(kind.plural, &namespace, &name)?;
+        }
+        let key = key(kind.plural, &namespace, &name);
         let present = self.all.get(&key).cloned();
         Ok(self.put(key, object, present))
     }
@@ -197,26 +271,47 @@ impl Objects {
     ) -> Result<Value, Refusal> {
         let key = key(plural, namespace, name);
         let mut object = self.all.remove(&key).ok_or_else(|| missing(plural, name))?;
-        self.revision += 1;
+        self.applied.retain(|(of, _), _| *of != key);
+        self.note(&key, Some(object.clone()), None);
         object["metadata"]["resourceVersion"] = self.revision.to_string().into();
-        self.note(&key, "DELETED", object.clone());
         Ok(object)
     }
 
-    /// Changes after a revision; `None`: some of them are forgotten.
+    /// Deletes every object of a kind.
+    pub(super) fn delete_all(&mut self, plural: &str) {
+        let keys: Vec<Key> = self.all.keys().filter(|key| key.plural == plural).cloned().collect();
+        for key in keys {
+            let object = self.all.remove(&key);
+            self.note(&key, object, None);
+        }
+    }
+
+    /// Changes after a revision; `None`: some of them are forgotten, or it is none of ours.
     pub(super) fn since(&self, revision: u64) -> Option<Vec<Change>> {
-        let oldest = self.changes.front().map_or(self.revision + 1, |change| change.revision);
-        if revision + 1 < oldest {
+        if self.is_forgotten(revision) || revision > self.revision {
             return None;
         }
         Some(self.changes.iter().filter(|c| c.revision > revision).cloned().collect())
     }
 
+    /// Forgets all changes: whoever does not know the present state must list.
+    pub(super) fn forget(&mut self) {
+        self.changes.clear();
+        // Also of those that have seen everything: their version is older than what is kept.
+        self.revision += 1;
+    }
+
+    fn is_forgotten(&self, revision: u64) -> bool {
+        let oldest = self.changes.front().map_or(self.revision + 1, |change| change.revision);
+        revision + 1 < oldest
+    }
+
     fn put(&mut self, key: Key, mut object: Value, present: Option<Value>) -> Value {
         let inherited = |field: &str| present.as_ref().map(|p| p["metadata"][field].clone());
         let metadata = &mut object["metadata"];
+        let given = metadata["uid"].as_str().filter(|uid| !uid.is_empty()).map(Value::from);
         metadata["uid"] =
-            inherited("uid").unwrap_or_else(|| uuid::Uuid::new_v4().to_string().into());
+            inherited("uid").or(given).unwrap_or_else(|| uuid::Uuid::new_v4().to_string().into());
         metadata["creationTimestamp"] = inherited("creationTimestamp")
             .unwrap_or_else(|| format!("{:.0}", jiff::Timestamp::now()).into());
         if let Some(present) = &present {
@@ -226,20 +321,20 @@ impl Objects {
                 return object;
             }
         }
-        self.revision += 1;
-        object["metadata"]["resourceVersion"] = self.revision.to_string().into();
+        object["metadata"]["resourceVersion"] = (self.revision + 1).to_string().into();
         self.all.insert(key.clone(), object.clone());
-        self.note(&key, if present.is_some() { "MODIFIED" } else { "ADDED" }, object.clone());
+        self.note(&key, present, Some(object.clone()));
         object
     }
 
-    fn note(&mut self, key: &Key, kind: &'static str, object: Value) {
+    fn note(&mut self, key: &Key, before: Option<Value>, after: Option<Value>) {
+        self.revision += 1;
         self.changes.push_back(Change {
             revision: self.revision,
             plural: key.plural.clone(),
             namespace: key.namespace.clone(),
-            kind,
-            object,
+            before,
+            after,
         });
         if self.changes.len() > HISTORY {
             self.changes.pop_front();
@@ -255,32 +350,103 @@ fn missing(plural: &str, name: &str) -> Refusal {
     Refusal::new(404, "NotFound", format!("{plural} {name:?} not found"))
 }
 
-/// The object's name, and the object with its kind, namespace and metadata in place.
-fn checked(plural: &str, namespace: &str, object: Value) -> Result<(String, Value), Refusal> {
-    let bad = |message: String| Refusal::new(400, "BadRequest", message);
-    let Some((_, kind, namespaced)) = KINDS.iter().find(|(p, ..)| *p == plural) else {
-        return Err(Refusal::new(404, "NotFound", format!("there is no resource {plural}")));
+/// Only the status is written through the subresource, and all else only beside it.
+fn divided(kind: &Kind, present: Option<&Value>, object: Value, is_status: bool) -> Value {
+    if !kind.has_status {
+        return object;
+    }
+    let (mut whole, other) = match (present, is_status) {
+        (Some(present), true) => (present.clone(), object),
+        (Some(present), false) => (object, present.clone()),
+        (None, _) => (object, json!({})),
     };
-    if *namespaced == namespace.is_empty() {
+    match other.get("status") {
+        Some(status) => whole["status"] = status.clone(),
+        None => drop(whole.as_object_mut().and_then(|whole| whole.remove("status"))),
+    }
+    whole
+}
+
+/// Metadata that no manager owns.
+const OWNERLESS: [&str; 3] = ["apiVersion", "kind", "metadata"];
+
+/// The first field that both have with different values.
+fn conflict(theirs: &Value, ours: &Value, path: String) -> Option<String> {
+    match (theirs, ours) {
+        (Value::Object(theirs), Value::Object(ours)) => ours.iter().find_map(|(name, value)| {
+            if path.is_empty() && OWNERLESS.contains(&name.as_str()) {
+                return None;
+            }
+            conflict(theirs.get(name)?, value, format!("{path}.{name}"))
+        }),
+        _ => (theirs != ours).then_some(path),
+    }
+}
+
+/// Removes what `before` has and `now` has not.
+fn take_away(object: &mut Value, before: &Value, now: &Value) {
+    let (Value::Object(fields), Value::Object(before)) = (object, before) else { return };
+    for (name, old) in before {
+        match (fields.get_mut(name), now.get(name)) {
+            (Some(field), Some(new)) if old.is_object() => take_away(field, old, new),
+            (Some(_), None) if !OWNERLESS.contains(&name.as_str()) => drop(fields.remove(name)),
+            _ => {}
+        }
+    }
+}
+
+fn merge(object: &mut Value, applied: &Value) {
+    match (object, applied) {
+        (Value::Object(object), Value::Object(applied)) => {
+            for (name, value) in applied {
+                merge(object.entry(name.as_str()).or_insert(Value::Null), value);
+            }
+        }
+        (object, applied) => *object = applied.clone(),
+    }
+}
+
+fn merge_patch(object: &mut Value, patch: &Value) {
+    let Value::Object(patch) = patch else {
+        *object = patch.clone();
+        return;
+    };
+    if !object.is_object() {
+        *object = json!({});
+    }
+    let Value::Object(object) = object else { return };
+    for (name, value) in patch {
+        match value {
+            Value::Null => drop(object.remove(name)),
+            value => merge_patch(object.entry(name.as_str()).or_insert(Value::Null), value),
+        }
+    }
+}
+
+/// The object's name, and the object with its kind, namespace and metadata in place.
+fn checked(kind: &Kind, namespace: &str, object: Value) -> Result<(String, Value), Refusal> {
+    let plural = kind.plural;
+    let bad = |message: String| Refusal::new(400, "BadRequest", message);
+    if kind.is_namespaced == namespace.is_empty() {
         return Err(bad(format!(
             "{plural}: a namespace is {}",
-            if *namespaced { "needed" } else { "wrong" }
+            if kind.is_namespaced { "needed" } else { "wrong" }
         )));
     }
     let Value::Object(mut object) = object else {
         return Err(bad("the object is not one".into()));
     };
-    if object.get("kind").is_some_and(|k| k != kind) {
-        return Err(bad(format!("kind {} is not {kind}", object["kind"])));
+    if object.get("kind").is_some_and(|k| k != kind.kind) {
+        return Err(bad(format!("kind {} is not {}", object["kind"], kind.kind)));
     }
-    object.insert("kind".into(), (*kind).into());
-    object.insert("apiVersion".into(), "v1".into());
+    object.insert("kind".into(), kind.kind.into());
+    object.insert("apiVersion".into(), kind.api_version().into());
     let metadata = object.entry("metadata").or_insert_with(|| json!({}));
     let metadata = metadata.as_object_mut().ok_or_else(|| bad("metadata".into()))?;
     if metadata.get("namespace").is_some_and(|n| n != namespace) {
         return Err(bad("the namespace of the object is not the URL's".into()));
     }
-    if *namespaced {
+    if kind.is_namespaced {
         metadata.insert("namespace".into(), namespace.into());
     }
     let name = metadata.get("name").and_then(Value::as_str).unwrap_or_default().to_owned();

@@ -2,7 +2,8 @@
 //!
 //! The part of an API server and of the endpoints controller: objects are applied, changed
 //! and deleted; each is one file that is replaced atomically; EndpointSlices follow from
-//! Services, labels and published pod addresses, as in a cluster.
+//! Services, labels and published pod addresses, as in a cluster. Where the lab has a test API
+//! server, every object goes to it as well, and the agents follow that.
 
 mod manifests;
 mod slices;
@@ -11,11 +12,13 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
+
+use crate::api_server::ApiServer;
 
 pub use self::manifests::{kind_of, name_of, parse};
 
@@ -37,16 +40,24 @@ pub struct ClusterDir {
     /// Files are written here and renamed: a watcher never sees half of one.
     staging: PathBuf,
     objects: Mutex<BTreeMap<ObjectKey, Value>>,
+    /// Everything goes there, too.
+    api: Option<Arc<ApiServer>>,
 }
 
 impl ClusterDir {
     /// Makes the directory (and `<directory>.staging` beside it).
     pub fn create(directory: &Path) -> Result<Self> {
+        Self::create_with(directory, None)
+    }
+
+    /// The same; everything that is written goes to an API server, too.
+    pub fn create_with(directory: &Path, api: Option<Arc<ApiServer>>) -> Result<Self> {
         let staging = directory.with_extension("staging");
         for path in [directory, &staging] {
             fs::create_dir_all(path).with_context(|| path.display().to_string())?;
         }
-        Ok(Self { directory: directory.to_owned(), staging, objects: Mutex::new(BTreeMap::new()) })
+        let directory = directory.to_owned();
+        Ok(Self { directory, staging, objects: Mutex::new(BTreeMap::new()), api })
     }
 
     /// The directory, for `--cluster-dir`.
@@ -63,6 +74,21 @@ impl ClusterDir {
     ) -> Result<()> {
         let ranges =
             json!({"podRanges": pods, "serviceRanges": services, "outsideRanges": outside});
+        if let Some(api) = &self.api {
+            // As a cluster declares them: with Calico's pools and the kinds that it then has.
+            api.install("ippools")?;
+            api.install("servicecidrs")?;
+            for (index, range) in pods.iter().enumerate() {
+                api.apply(json!({
+                    "apiVersion": "crd.projectcalico.org/v1", "kind": "IPPool",
+                    "metadata": {"name": format!("pool-{index}")}, "spec": {"cidr": range},
+                }))?;
+            }
+            api.apply(json!({
+                "apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR",
+                "metadata": {"name": "kubernetes"}, "spec": {"cidrs": services},
+            }))?;
+        }
         self.write_file("ranges.yaml", &to_yaml(&ranges)?)
     }
 
@@ -73,9 +99,26 @@ impl ClusterDir {
 
     fn store(&self, objects: &mut BTreeMap<ObjectKey, Value>, object: Value) -> Result<()> {
         let key = key_of(&object)?;
-        self.write_file(&file_name(&key), &to_yaml(&object)?)?;
+        self.write_object(&key, &object)?;
         objects.insert(key.clone(), object);
         self.follow_endpoints(objects, &key)
+    }
+
+    fn write_object(&self, key: &ObjectKey, object: &Value) -> Result<()> {
+        self.write_file(&file_name(key), &to_yaml(object)?)?;
+        if let Some(api) = &self.api {
+            api.apply(object.clone())?;
+        }
+        Ok(())
+    }
+
+    fn remove_object(&self, key: &ObjectKey) -> Result<()> {
+        let file = self.directory.join(file_name(key));
+        fs::remove_file(&file).with_context(|| file.display().to_string())?;
+        if let Some(api) = &self.api {
+            api.delete_kind(&key.kind, &key.namespace, &key.name)?;
+        }
+        Ok(())
     }
 
     /// Every object of a YAML text, one after the other.
@@ -95,8 +138,7 @@ impl ClusterDir {
     pub fn delete(&self, key: &ObjectKey) -> Result<()> {
         let mut objects = self.objects();
         if objects.remove(key).is_some() {
-            let file = self.directory.join(file_name(key));
-            fs::remove_file(&file).with_context(|| file.display().to_string())?;
+            self.remove_object(key)?;
         }
         self.follow_endpoints(&mut objects, key)
     }
@@ -197,12 +239,11 @@ impl ClusterDir {
             .collect();
         for key in present.iter().filter(|key| !wanted.contains_key(key)) {
             objects.remove(key);
-            let file = self.directory.join(file_name(key));
-            fs::remove_file(&file).with_context(|| file.display().to_string())?;
+            self.remove_object(key)?;
         }
         for (key, slice) in wanted {
             if objects.get(&key) != Some(&slice) {
-                self.write_file(&file_name(&key), &to_yaml(&slice)?)?;
+                self.write_object(&key, &slice)?;
                 objects.insert(key, slice);
             }
         }
