@@ -13,6 +13,7 @@ mod federation;
 mod first_packet;
 mod foreign;
 mod hostile;
+mod kubernetes;
 mod limits;
 mod mesh;
 mod pid_reuse;
