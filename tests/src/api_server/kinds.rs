@@ -51,7 +51,6 @@ pub(super) const KINDS: &[Kind] = &[
     core("configmaps", "ConfigMap", true, false),
     core("serviceaccounts", "ServiceAccount", true, false),
     core("services", "Service", true, true),
-    core("events", "Event", true, false),
     core("namespaces", "Namespace", false, true),
     core("nodes", "Node", false, true),
     Kind {
@@ -61,6 +60,7 @@ pub(super) const KINDS: &[Kind] = &[
         has_status: false,
         ..core("", "", true, false)
     },
+    Kind { group: "events.k8s.io", plural: "events", kind: "Event", ..core("", "", true, false) },
     Kind {
         group: "networking.k8s.io",
         plural: "networkpolicies",

@@ -226,6 +226,13 @@ impl ApiServer {
         self.shared.state().objects.get(plural, namespace, name).ok()
     }
 
+    /// All objects of a kind, by plural.
+    pub fn list(&self, plural: &str) -> Vec<Value> {
+        let selection = select::Selection::parse(plural, "", "", "");
+        let page = selection.and_then(|all| self.shared.state().objects.list(&all, 0, None));
+        page.map(|page| page.items).unwrap_or_default()
+    }
+
     /// Removes an object.
     pub fn delete(&self, plural: &str, namespace: &str, name: &str) -> Result<()> {
         self.shared

@@ -2,6 +2,7 @@
 //! lists, changes and faults. No agent, no eBPF and no privileges take part.
 
 mod board;
+mod events;
 mod faults;
 mod following;
 

@@ -5,13 +5,15 @@
 //! forgotten that version. What a watch tells goes into the kind's [`store`]: only a completed
 //! list replaces what is known, a failed one changes nothing, and an object that cannot be
 //! read keeps its last valid state. [`publish`] makes a World of all stores whenever one has
-//! changed. [`board`] is this node's place among the NodeEnrolments.
+//! changed. [`board`] is this node's place among the NodeEnrolments, [`events`] tell of objects
+//! with faults where people look.
 //!
 //! All of it runs on a thread of its own with a current-thread runtime: a large cluster's lists
 //! do not hold up the control plane.
 
 pub mod board;
 mod client;
+mod events;
 mod follow;
 mod kinds;
 mod publish;
@@ -103,6 +105,8 @@ struct Shared {
     stores: Mutex<Vec<Store>>,
     watching: Vec<Arc<Watching>>,
     changed: Notify,
+    /// A World was published, for who tells of it on this thread.
+    published: Notify,
     worlds: watch::Sender<Arc<World>>,
 }
 
@@ -204,6 +208,7 @@ fn run(params: KubernetesParams, board: BoardTask, ready: &mpsc::Sender<Started>
             watching: kinds.iter().map(|_| Arc::default()).collect(),
             kinds,
             changed: Notify::new(),
+            published: Notify::new(),
             worlds,
             params,
         });
@@ -218,7 +223,10 @@ fn run(params: KubernetesParams, board: BoardTask, ready: &mpsc::Sender<Started>
             }
         }
         match client::of_calls(&config) {
-            Ok(client) => drop(tasks.spawn(board.run(shared.clone(), client))),
+            Ok(client) => {
+                tasks.spawn(board.run(shared.clone(), client.clone()));
+                tasks.spawn(events::run(shared.clone(), client));
+            }
             Err(error) => {
                 let _ = ready.send(Err(error.into()));
                 return;

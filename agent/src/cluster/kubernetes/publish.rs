@@ -73,6 +73,7 @@ impl Publisher {
         world.revision = self.world.revision + 1;
         self.world = Arc::new(world);
         self.shared.worlds.send_replace(self.world.clone());
+        self.shared.published.notify_one();
     }
 
     fn assemble(&mut self) -> World {
