@@ -16,7 +16,8 @@
 //! 6. [`flow`] records verdicts.
 //! 7. [`proxy`] carries flows; [`observer`] and [`admin`] answer the command line;
 //!    [`workload_api`] gives pods their own SVIDs.
-//! 8. [`daemon`] puts the node agent together; [`authority`] is the certificate authority.
+//! 8. [`daemon`] puts the node agent together; [`authority`] is the certificate authority;
+//!    [`lifecycle`] is what is done to a node where no agent runs: guard, release, uninstall.
 //! 9. [`cli`] is the command line.
 
 pub mod admin;
@@ -30,6 +31,7 @@ pub mod daemon;
 pub mod endpoint;
 pub mod flow;
 pub mod kernel;
+pub mod lifecycle;
 pub mod netns;
 pub mod observer;
 pub mod policy;

@@ -316,8 +316,11 @@ pub struct Config {
     pub ranges_known: u8,
     /// 1 while some pod has a raw guard: flows of enforced pods are recorded for it.
     pub guarding: u8,
+    /// 1 between `signet guard` and the agent's first heartbeat: `heartbeat` is a moment to
+    /// come, and until then every pod that is not registered is refused.
+    pub guarded_until: u8,
     /// Zero.
-    pub pad: [u8; 2],
+    pub pad: u8,
 }
 
 /// A TCP or UDP flow as seen from one socket in one network namespace.
@@ -582,6 +585,20 @@ pub struct IdentityName {
     pub bytes: [u8; IDENTITY_NAME_LEN],
 }
 
+/// Bytes that a pod's `namespace/name` may have: 63 and 253 and the slash, rounded up.
+pub const POD_NAME_LEN: usize = 318;
+
+/// A row of the pinned table of pods' names: network namespace → `namespace/name`. No program
+/// reads it; `signet agent release --pod` does, where no agent runs.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PodName {
+    /// Length of the name.
+    pub len: u16,
+    /// The name, zero-filled.
+    pub bytes: [u8; POD_NAME_LEN],
+}
+
 const _: () = {
     assert!(size_of::<Ip>() == 16);
     assert!(size_of::<PodEntry>() == 64);
@@ -602,6 +619,7 @@ const _: () = {
     assert!(size_of::<ListenerKey>() == 16);
     assert!(size_of::<ExemptKey>() == 16);
     assert!(size_of::<IdentityName>() == 608);
+    assert!(size_of::<PodName>() == 320);
 };
 
 #[cfg(feature = "user")]
@@ -651,7 +669,22 @@ mod user {
         ListenerKey,
         ExemptKey,
         IdentityName,
+        PodName,
     );
+
+    impl PodName {
+        /// A row; `None` for what is longer than any pod's name.
+        pub fn new(name: &str) -> Option<Self> {
+            let mut bytes = [0; POD_NAME_LEN];
+            bytes.get_mut(..name.len())?.copy_from_slice(name.as_bytes());
+            Some(Self { len: u16::try_from(name.len()).ok()?, bytes })
+        }
+
+        /// The name; `None` for a row that nobody of ours wrote.
+        pub fn as_str(&self) -> Option<&str> {
+            std::str::from_utf8(self.bytes.get(..usize::from(self.len))?).ok()
+        }
+    }
 
     impl Event {
         /// An event from the ring; `None` when the length is not an event's.

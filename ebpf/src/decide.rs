@@ -194,6 +194,8 @@ fn reason_of(number: u16) -> Reason {
 fn unknown_pod(config: &Config, now: u64) -> Decision {
     let young = config.heartbeat != 0 && now.wrapping_sub(config.heartbeat) < HEARTBEAT_NS;
     let refuse = match config.unknown_pods {
+        // Before the agent's first heartbeat nobody knows what is enforced here.
+        _ if config.guarded_until != 0 => now < config.heartbeat,
         unknown_pods::ALLOW => false,
         unknown_pods::AUTO => config.enforcing != 0 && (young || config.deny_when_dead != 0),
         _ => true,

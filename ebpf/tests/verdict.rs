@@ -358,6 +358,19 @@ fn unknown_pods_are_refused_while_the_agent_lives_and_enforces() {
     }
     let host = Flow { netns: HOST, ..unknown };
     assert!(!decide_egress(&maps, &host).report, "host network is not a pod's");
+
+    // The guard refuses until its deadline, whatever is known of enforcement; then it is over.
+    maps.config.enforcing = 0;
+    maps.config.guarded_until = 1;
+    for (deadline, action) in [(NOW + 1, Action::Refuse), (NOW, Action::Pass)] {
+        maps.config.heartbeat = deadline;
+        assert_eq!(decide_egress(&maps, &unknown).action, action);
+        // Probes are told apart all the same, and an override opens at once.
+        passes(decide_ingress(&maps, &unknown));
+    }
+    maps.config.heartbeat = NOW + 1;
+    maps.config.enforcement = enforcement::OFF;
+    assert_eq!(decide_egress(&maps, &unknown).action, Action::Pass);
 }
 
 #[test]

@@ -2,17 +2,22 @@
 
 use std::{path::PathBuf, sync::OnceLock};
 
-use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, builder::ValueParser};
+use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, Subcommand, builder::ValueParser};
 
-use super::exit::{Exit, Failure};
+use super::{
+    exit::{Exit, Failure},
+    host::{self, HostCommand},
+};
 use crate::config::{ConfigSources, KEYS, Loaded};
 
-/// Arguments of `signet agent`: one flag for every configuration key, and these.
+/// Arguments of `signet agent`: one flag for every configuration key, and these. Without a
+/// command the agent runs.
 #[derive(Debug, Default)]
 pub struct AgentArgs {
     config: Option<PathBuf>,
     print_config: bool,
     flags: Vec<(String, String)>,
+    command: Option<HostCommand>,
 }
 
 /// Runs the agent, or prints its configuration.
@@ -20,6 +25,9 @@ pub fn run(
     args: AgentArgs,
     run_agent: impl FnOnce(Loaded, ConfigSources) -> Result<(), Failure>,
 ) -> Result<Exit, Failure> {
+    if let Some(command) = args.command {
+        return host::run(command);
+    }
     let mut sources = ConfigSources::from_process_env();
     sources.file = args.config;
     sources.flags = args.flags;
@@ -33,7 +41,7 @@ pub fn run(
 }
 
 /// Flag, form and help of every key; clap wants them for as long as the process lives.
-fn flags() -> &'static [(String, String)] {
+pub(super) fn flags() -> &'static [(String, String)] {
     static FLAGS: OnceLock<Vec<(String, String)>> = OnceLock::new();
     FLAGS.get_or_init(|| {
         KEYS.iter()
@@ -66,8 +74,11 @@ impl Args for AgentArgs {
             )
             .after_help(
                 "Examples:\n  signet agent --node node-1 --cluster-dir /etc/signet/cluster\n  \
-                 signet agent --config /etc/signet/agent.yaml --print-config",
+                 signet agent --config /etc/signet/agent.yaml --print-config\n  \
+                 signet agent release --pod shop/payments-5b7f",
             );
+        let command =
+            HostCommand::augment_subcommands(command).args_conflicts_with_subcommands(true);
         KEYS.iter().zip(flags()).fold(command, |command, (key, (flag, help))| {
             command.arg(
                 Arg::new(flag.as_str())
@@ -90,6 +101,10 @@ impl FromArgMatches for AgentArgs {
             config: matches.get_one::<PathBuf>("config").cloned(),
             print_config: matches.get_flag("print-config"),
             flags: Vec::new(),
+            command: match matches.subcommand() {
+                Some(_) => Some(HostCommand::from_arg_matches(matches)?),
+                None => None,
+            },
         };
         for (flag, _) in flags() {
             for value in matches.get_many::<String>(flag).into_iter().flatten() {

@@ -10,6 +10,7 @@ mod fetch;
 mod filters;
 mod flow_lines;
 mod flows;
+mod host;
 mod policy;
 mod probe;
 mod rollout;
@@ -53,8 +54,10 @@ struct Cli {
 #[derive(Subcommand, Debug)]
 #[allow(clippy::large_enum_variant, reason = "there is one in a process")]
 enum Command {
-    /// Run the node agent.
+    /// Run the node agent, or release or uninstall it on this node.
     Agent(agent::AgentArgs),
+    /// Close a node that has just booted until its agent knows its pods; runs before the kubelet.
+    Guard(host::GuardArgs),
     /// Run the certificate authority of a trust domain, or rotate its root.
     Authority(authority::AuthorityArgs),
     /// Show verdicts on flows, past and live.
@@ -120,6 +123,7 @@ fn run(
     };
     match cli.command {
         Command::Agent(args) => agent::run(args, run_agent),
+        Command::Guard(args) => host::run_guard(args),
         Command::Authority(args) => authority::run(args),
         Command::Flows(args) => {
             let terms = filters::terms(matches.subcommand_matches("flows"))?;

@@ -222,8 +222,32 @@ impl ConfigSources {
         self.load_with(text.as_deref())
     }
 
+    /// As [`Self::load`], for commands on a node that need no node's name.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::load`]; a missing `node` is none.
+    pub fn load_without_node(&self) -> Result<Loaded, ConfigError> {
+        let text = match &self.file {
+            None => None,
+            Some(path) => Some(read_bounded(path)?),
+        };
+        self.merge(text.as_deref())
+    }
+
     /// As [`Self::load`], with the file's text given. Pure.
     pub fn load_with(&self, file_text: Option<&str>) -> Result<Loaded, ConfigError> {
+        let loaded = self.merge(file_text)?;
+        if loaded.config.node.is_empty() {
+            return Err(ConfigError::Missing {
+                key: "node",
+                remedy: "give this node's name with --node, SIGNET_NODE or node: in the file",
+            });
+        }
+        Ok(loaded)
+    }
+
+    fn merge(&self, file_text: Option<&str>) -> Result<Loaded, ConfigError> {
         let mut loaded = Loaded { config: AgentConfig::default(), origins: BTreeMap::new() };
         if let Some(text) = file_text {
             let path = self.file.clone().unwrap_or_else(|| "configuration".into());
@@ -235,12 +259,6 @@ impl ConfigSources {
             loaded.apply_env(name, value)?;
         }
         loaded.apply_flags(&self.flags)?;
-        if loaded.config.node.is_empty() {
-            return Err(ConfigError::Missing {
-                key: "node",
-                remedy: "give this node's name with --node, SIGNET_NODE or node: in the file",
-            });
-        }
         Ok(loaded)
     }
 }

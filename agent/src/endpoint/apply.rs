@@ -29,7 +29,7 @@ pub struct Outcome {
 /// Names the map that cannot be read.
 pub fn read(maps: &Maps) -> Result<Tables, KernelError> {
     Ok(Tables {
-        config: Config { heartbeat: 0, ..maps.config()? },
+        config: Config { heartbeat: 0, guarded_until: 0, ..maps.config()? },
         pods: maps.pods.rows()?.into_iter().collect(),
         cgroups: maps.cgroups.rows()?.into_iter().collect(),
         own: maps.own.rows()?.into_iter().collect(),
@@ -39,6 +39,7 @@ pub fn read(maps: &Maps) -> Result<Tables, KernelError> {
         exempt: maps.exempt.rows()?.into_iter().collect(),
         probes: maps.probes.rows()?.into_iter().collect(),
         guarded: maps.guarded.rows()?.into_iter().collect(),
+        names: maps.names.rows()?.into_iter().collect(),
         policies: maps.policies()?.into_iter().map(|netns| (netns, None)).collect(),
     })
 }
@@ -72,6 +73,7 @@ pub fn apply(maps: &mut Maps, applied: &mut Tables, wanted: &Tables) -> Outcome 
     let services = changes(&applied.services, &wanted.services);
     let probes = changes(&applied.probes, &wanted.probes);
     let guarded = changes(&applied.guarded, &wanted.guarded);
+    let names = changes(&applied.names, &wanted.names);
 
     set(&mut maps.own, &mut applied.own, &own, &mut outcome, |key, _| Some(key.netns));
     set(&mut maps.exempt, &mut applied.exempt, &exempt, &mut outcome, |key, _| Some(key.netns));
@@ -83,6 +85,11 @@ pub fn apply(maps: &mut Maps, applied: &mut Tables, wanted: &Tables) -> Outcome 
     remove(&mut maps.probes, &mut applied.probes, &probes, &mut outcome);
     set(&mut maps.probes, &mut applied.probes, &probes, &mut outcome, |_, _| None);
     set(&mut maps.pods, &mut applied.pods, &pods, &mut outcome, |netns, _| Some(*netns));
+    // A name is nobody's right: one that does not fit closes nothing.
+    let mut unnamed = Outcome::default();
+    remove(&mut maps.names, &mut applied.names, &names, &mut unnamed);
+    set(&mut maps.names, &mut applied.names, &names, &mut unnamed, |netns, _| Some(*netns));
+    outcome.failures.append(&mut unnamed.failures);
     // Flows are recorded before anything is judged by the record.
     config(maps, applied, wanted, &mut outcome);
     set(&mut maps.guarded, &mut applied.guarded, &guarded, &mut outcome, |_, n| Some(*n));
@@ -145,20 +152,22 @@ fn config(maps: &mut Maps, applied: &mut Tables, wanted: &Tables, outcome: &mut 
     if applied.config == wanted.config {
         return;
     }
-    let heartbeat = maps.config().map_or(0, |config| config.heartbeat);
-    match maps.set_config(Config { heartbeat, ..wanted.config }) {
+    // `signet guard` holds until the first heartbeat.
+    let (heartbeat, guarded_until) =
+        maps.config().map_or((0, 0), |config| (config.heartbeat, config.guarded_until));
+    match maps.set_config(Config { heartbeat, guarded_until, ..wanted.config }) {
         Ok(()) => applied.config = wanted.config,
         Err(error) => outcome.failures.push(error),
     }
 }
 
-/// Says that the agent is alive and registers pods.
+/// Says that the agent is alive and registers pods. What was applied is written again with it:
+/// nobody else's value stays.
 ///
 /// # Errors
 /// Where the map cannot be written.
-pub fn heartbeat(maps: &mut Maps) -> Result<(), KernelError> {
-    let config = maps.config()?;
-    maps.set_config(Config { heartbeat: clock::monotonic(), ..config })
+pub fn heartbeat(maps: &mut Maps, applied: &Tables) -> Result<(), KernelError> {
+    maps.set_config(Config { heartbeat: clock::monotonic(), ..applied.config })
 }
 
 fn set<K, V>(

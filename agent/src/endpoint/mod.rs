@@ -11,6 +11,7 @@ pub mod plan;
 pub mod probes;
 pub mod reconcile;
 pub mod rejudge;
+pub mod released;
 pub mod sockets;
 pub mod state;
 mod sweep;

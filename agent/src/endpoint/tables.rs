@@ -7,7 +7,7 @@ use std::{
 };
 
 use signet_ebpf::abi::{
-    AddressEntry, Config, ExemptKey, Ip, OwnAddressKey, PodEntry, ServiceKey, address, pod,
+    AddressEntry, Config, ExemptKey, Ip, OwnAddressKey, PodEntry, PodName, ServiceKey, address, pod,
 };
 
 use crate::policy::compile::PolicyEntry;
@@ -39,6 +39,8 @@ pub struct Tables {
     pub probes: HashMap<u64, u8>,
     /// The node's interfaces with a raw guard → the pod's network namespace.
     pub guarded: HashMap<u32, u64>,
+    /// `namespace/name` by network namespace, for whoever has only the pins.
+    pub names: HashMap<u64, PodName>,
     /// By network namespace. `None`: there is one in the kernel, and nobody knows what it
     /// says (after a restart).
     pub policies: HashMap<u64, Option<Arc<Vec<PolicyEntry>>>>,
@@ -74,6 +76,9 @@ impl Tables {
         for netns in keep {
             if let Some(entry) = applied.pods.get(netns) {
                 self.pods.insert(*netns, *entry);
+            }
+            if let Some(name) = applied.names.get(netns) {
+                self.names.insert(*netns, *name);
             }
             if let Some(policy) = applied.policies.get(netns) {
                 self.policies.insert(*netns, policy.clone());

@@ -21,6 +21,7 @@ mod cmd {
     pub(super) const PROG_QUERY: libc::c_long = 16;
     pub(super) const LINK_CREATE: libc::c_long = 28;
     pub(super) const LINK_UPDATE: libc::c_long = 29;
+    pub(super) const LINK_DETACH: libc::c_long = 34;
 }
 
 /// Values of `enum bpf_attach_type`.
@@ -142,6 +143,17 @@ pub(super) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
     let mut attr = Attr { link: raw(link), program: raw(program), flags: 0, old_program: 0 };
     // SAFETY: no pointers.
     unsafe { bpf(cmd::LINK_UPDATE, &mut attr) }.map(drop)
+}
+
+/// Takes a link's program off its hook, whoever else holds the link.
+pub(super) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        link: u32,
+    }
+    let mut attr = Attr { link: raw(link) };
+    // SAFETY: no pointers.
+    unsafe { bpf(cmd::LINK_DETACH, &mut attr) }.map(drop)
 }
 
 /// What a link is attached to.

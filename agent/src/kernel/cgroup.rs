@@ -155,6 +155,12 @@ impl Hierarchy {
         self.open(&name).map_err(cannot)
     }
 
+    /// Where the agent makes a directory for itself beside a workloads root, if it does
+    /// ([`Self::settle_agent`]).
+    pub fn agents_own(&self, workloads: &Path) -> Option<PathBuf> {
+        Some(self.join(&Path::new("/").join(workloads).parent()?.join(AGENT_DIR)))
+    }
+
     /// The ancestor level of `cgroup` as the programs count (the real root is 0).
     ///
     /// A program is asked for this process's ancestors; the mount's top directory or the

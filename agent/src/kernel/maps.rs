@@ -11,8 +11,8 @@ use aya::{
 };
 use signet_ebpf::abi::{
     AddressEntry, Attestation, Config, DropKey, ExemptKey, FlowKey, Handover, IdentityName, Ip,
-    ListenerKey, OwnAddressKey, PodEntry, PolicyKey, PolicyValue, RateWindow, ServiceKey, UdpFlow,
-    counter,
+    ListenerKey, OwnAddressKey, PodEntry, PodName, PolicyKey, PolicyValue, RateWindow, ServiceKey,
+    UdpFlow, counter,
 };
 
 use super::KernelError;
@@ -32,6 +32,9 @@ pub const MAX_POLICY_ENTRIES: u32 = 4096;
 
 /// Identities that the pinned table holds.
 const MAX_IDENTITIES: u32 = 65_536;
+
+/// Pods whose names the pinned table holds.
+const MAX_NAMES: u32 = 16_384;
 
 /// Names of the maps that are pinned; both objects share them.
 pub(super) const PINNED: [&str; 28] = [
@@ -93,29 +96,18 @@ pub struct Maps {
     pub drops: Table<DropKey, u64>,
     pub rate: Table<u64, RateWindow>,
     pub identities: Table<u32, IdentityName>,
+    pub names: Table<u64, PodName>,
     ranges: LpmTrie<MapData, [u8; 16], u32>,
     policy: HashOfMaps<MapData, u64, PolicyMap>,
     listeners: SockHash<MapData, ListenerKey>,
 }
 
 impl Maps {
-    /// Takes the maps out of the loaded object `object`; the identity table, which no
-    /// program reads, is made here.
+    /// Takes the maps out of the loaded object `object`; the tables that no program reads are
+    /// made here.
     pub(super) fn take(ebpf: &mut Ebpf, pins: &Path) -> Result<Self, KernelError> {
-        let identities = pins.join("IDENTITIES");
-        if !identities.exists() {
-            HashMap::<MapData, u32, IdentityName>::create(MAX_IDENTITIES, NO_PREALLOC)
-                .map_err(failed("IDENTITIES", "create"))?
-                .pin(&identities)
-                .map_err(|error| KernelError::Map {
-                    map: "IDENTITIES",
-                    action: "pin",
-                    source: MapError::PinError { name: None, error },
-                })?;
-        }
-        let identities = MapData::from_pin(&identities)
-            .and_then(|data| HashMap::try_from(Map::HashMap(data)))
-            .map_err(failed("IDENTITIES", "open"))?;
+        let identities = Table::pinned(pins, "IDENTITIES", MAX_IDENTITIES)?;
+        let names = Table::pinned(pins, "NAMES", MAX_NAMES)?;
         Ok(Self {
             config: take(ebpf, "CONFIG")?,
             pods: Table::take(ebpf, "PODS")?,
@@ -134,7 +126,8 @@ impl Maps {
             tunnels: Table::take(ebpf, "TUNNELS")?,
             drops: Table::take(ebpf, "DROPS")?,
             rate: Table::take(ebpf, "RATE")?,
-            identities: Table { name: "IDENTITIES", map: identities },
+            identities,
+            names,
             ranges: take(ebpf, "RANGES")?,
             policy: take(ebpf, "POLICY")?,
             listeners: take(ebpf, "LISTENERS")?,
@@ -224,6 +217,30 @@ impl Maps {
 }
 
 impl<K: Pod, V: Pod> Table<K, V> {
+    /// A table for user space alone, opened where it is pinned, else made and pinned.
+    fn pinned(pins: &Path, name: &'static str, entries: u32) -> Result<Self, KernelError> {
+        let path = pins.join(name);
+        if !path.exists() {
+            HashMap::<MapData, K, V>::create(entries, NO_PREALLOC)
+                .map_err(failed(name, "create"))?
+                .pin(&path)
+                .map_err(|error| KernelError::Map {
+                    map: name,
+                    action: "pin",
+                    source: MapError::PinError { name: None, error },
+                })?;
+        }
+        Self::open(pins, name)
+    }
+
+    /// The table pinned under its name in `pins`.
+    pub(super) fn open(pins: &Path, name: &'static str) -> Result<Self, KernelError> {
+        let map = MapData::from_pin(pins.join(name))
+            .and_then(|data| HashMap::try_from(Map::HashMap(data)))
+            .map_err(failed(name, "open"))?;
+        Ok(Self { name, map })
+    }
+
     fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Self, KernelError> {
         Ok(Self { name, map: take(ebpf, name)? })
     }

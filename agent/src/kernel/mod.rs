@@ -11,6 +11,7 @@ pub mod features;
 mod flow_sockets;
 pub mod maps;
 pub mod memory;
+mod pinned;
 mod pins;
 mod programs;
 #[cfg(test)]
@@ -19,4 +20,5 @@ pub(crate) mod test_host;
 pub use error::KernelError;
 pub use flow_sockets::{Confirm, FlowSockets};
 pub use maps::{Counters, Maps};
+pub use pinned::{Pinned, Removed};
 pub use programs::{KernelConfig, Programs, check_permitted};

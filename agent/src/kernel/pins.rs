@@ -149,7 +149,7 @@ fn layout_of(path: &Path) -> Result<Layout, aya::maps::MapError> {
     })
 }
 
-fn directories(base: &Path) -> Vec<PathBuf> {
+pub(super) fn directories(base: &Path) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(base) else { return Vec::new() };
     let mut found: Vec<_> = entries
         .flatten()
@@ -161,7 +161,7 @@ fn directories(base: &Path) -> Vec<PathBuf> {
 }
 
 /// Unlinks files explicitly: a copied mount namespace may keep the file system alive.
-fn remove_tree(dir: &Path) -> Result<(), KernelError> {
+pub(super) fn remove_tree(dir: &Path) -> Result<(), KernelError> {
     let failed =
         |action, path: &Path, source| KernelError::Pin { action, path: path.to_owned(), source };
     for entry in fs::read_dir(dir).map_err(|e| failed("list", dir, e))?.flatten() {

@@ -1,6 +1,9 @@
 //! Loading, attaching, pinning and replacing the programs.
 
+mod follow;
 mod raw_guard;
+
+pub(super) use raw_guard::detach_filters;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -629,6 +632,20 @@ mod tests {
         programs.activate().unwrap();
         assert_eq!(count(&programs), 13);
         drop((programs, maps));
+
+        // The workloads root is made anew, as a kubelet or systemd may: nothing is on it until
+        // it is followed.
+        let (mut programs, _maps) = Programs::load(&config).unwrap();
+        assert!(!programs.follow_workloads().unwrap());
+        let root = host.cgroup.join("kubepods");
+        fs::remove_dir(&root).unwrap();
+        assert!(!programs.follow_workloads().unwrap(), "one that is gone is waited for");
+        fs::create_dir(&root).unwrap();
+        assert!(count(&programs) < 13);
+        assert!(programs.follow_workloads().unwrap());
+        assert_eq!(count(&programs), 13);
+        assert!(!programs.follow_workloads().unwrap());
+        drop((programs, _maps));
 
         // What is wrong is named with the option to change.
         let mut missing = config.clone();

@@ -274,6 +274,35 @@ impl Agent {
         })
     }
 
+    /// Runs `signet <command>` as an operator on the node would (`agent release`, `guard`, …),
+    /// told where this agent's things are.
+    pub fn on_node(&self, command: &[&str]) -> Result<Output> {
+        self.on_node_with(command, &[])
+    }
+
+    /// The same with other places: a later flag goes before an earlier one.
+    pub fn on_node_with(&self, command: &[&str], others: &[(&str, &str)]) -> Result<Output> {
+        let path = |p: &Path| p.display().to_string();
+        let places = [
+            ("--cgroup-root", cgroup::path_below_mount(&self.node.workloads())?),
+            ("--node-cgroup", cgroup::path_below_mount(self.node.cgroup())?),
+            ("--bpffs", path(&self.node.bpffs)),
+            ("--run-dir", path(&self.node.run_dir)),
+            ("--state-dir", path(&self.node.state_dir)),
+        ];
+        let binary = signet_binary()?.display().to_string();
+        let mut argv = vec![binary.as_str()];
+        argv.extend(command);
+        argv.extend(places.iter().flat_map(|(flag, value)| [*flag, value.as_str()]));
+        argv.extend(others.iter().flat_map(|(flag, value)| [*flag, *value]));
+        self.node.system_place().run(&argv)
+    }
+
+    /// Where its pins are.
+    pub fn pins(&self) -> PathBuf {
+        self.node.bpffs.join("default")
+    }
+
     /// `signet status -o json`, READY or not.
     pub fn status(&self) -> Result<Value> {
         self.json(&["status", "-o", "json"], &[0, 1])

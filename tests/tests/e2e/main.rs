@@ -14,6 +14,7 @@ mod first_packet;
 mod foreign;
 mod hostile;
 mod kubernetes;
+mod lifecycle;
 mod limits;
 mod mesh;
 mod pid_reuse;

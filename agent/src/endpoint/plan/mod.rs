@@ -11,7 +11,9 @@ use std::{
     time::Duration,
 };
 
-use signet_ebpf::abi::{Config, ExemptKey, Ip, Mode, OwnAddressKey, PodEntry, enforcement, pod};
+use signet_ebpf::abi::{
+    Config, ExemptKey, Ip, Mode, OwnAddressKey, PodEntry, PodName, enforcement, pod,
+};
 
 use self::policies::CompiledFrom;
 use super::{
@@ -41,6 +43,8 @@ pub struct Params {
     pub raw_guard: Option<&'static str>,
     /// Namespaces whose pods are never refused anything.
     pub never_deny: BTreeSet<Arc<str>>,
+    /// Pods (`namespace/name`) that an operator has released: left alone whatever they ask for.
+    pub released: BTreeSet<Arc<str>>,
     /// How long an un-enrolled pod may go on serving.
     pub unenrol_grace: Duration,
     /// How long plaintext flows of a pod that turned strict may go on.
@@ -176,7 +180,14 @@ pub fn wanted_mode(pod: &Pod, params: &Params) -> Option<Mode> {
     if !here || pod.host_network || pod.finished {
         return None;
     }
+    if is_released(pod, params) {
+        return Some(Mode::Off);
+    }
     Some(capped(pod, &params.never_deny))
+}
+
+fn is_released(pod: &Pod, params: &Params) -> bool {
+    !params.released.is_empty() && params.released.contains(&name_of(&pod.name))
 }
 
 /// The mode of any pod, not more than observe where enforcing is impossible or forbidden.
@@ -248,7 +259,8 @@ impl<'a> Planner<'a> {
         pods.sort_by(|a, b| a.name.cmp(&b.name).then_with(|| a.uid.cmp(&b.uid)));
         for pod in pods {
             let Some(wanted) = wanted_mode(pod, self.input.params) else { continue };
-            if wanted != pod.mode {
+            // What is released is told by the record.
+            if wanted != pod.mode && !is_released(pod, self.input.params) {
                 self.explain_cap(pod);
             }
             match self.input.observed.pods.get(&pod.uid) {
@@ -479,6 +491,7 @@ impl<'a> Planner<'a> {
             pad: 0,
         };
         self.tables.pods.insert(netns, entry);
+        self.tables.names.extend(PodName::new(&name_of(&pod.name)).map(|name| (netns, name)));
         self.tables.cgroups.insert(found.cgroup, netns);
         // A pod may put any address on its interface: another pod's is not its own.
         let own: Vec<IpAddr> =

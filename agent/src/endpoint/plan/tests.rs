@@ -43,6 +43,7 @@ impl Scene {
                     ..Config::default()
                 },
                 never_deny: BTreeSet::new(),
+                released: BTreeSet::new(),
                 unenrol_grace: Duration::from_secs(60),
                 strict_grace: Duration::from_secs(600),
             },

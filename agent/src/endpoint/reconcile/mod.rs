@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use signet_ebpf::abi::{Config, Mode};
+use signet_ebpf::abi::{Config, Mode, enforcement};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -29,6 +29,7 @@ use super::{
     plan::{self, Input, Memory, Numbers, Observed, ObservedPod, Params, Plan},
     probes::ProbeCgroups,
     rejudge::Closed,
+    released::Follower,
     sockets::{ListenerCommand, OutboundPorts},
     state::{EndpointKey, NodeState, NodeStatePublisher},
     sweep,
@@ -184,6 +185,9 @@ struct Reconciler {
     last_heartbeat: Option<Instant>,
     last_sweep: Option<Instant>,
     failures: Vec<Problem>,
+    released: Follower,
+    /// What the configuration and the cluster said last of enforcement, releases aside.
+    said_enforcement: u8,
 }
 
 impl Reconciler {
@@ -202,6 +206,12 @@ impl Reconciler {
         )
         .map_err(ReconcileError::Discovery)?;
         let workloads_level = programs.workloads_level();
+        let mut released = Follower::new(deps.config.borrow().state_dir.clone());
+        released.poll();
+        let said_enforcement = match &released.current().node {
+            Some(node) => node.before,
+            None => applied.config.enforcement,
+        };
         let mut task = Self {
             deps,
             discovery,
@@ -225,6 +235,8 @@ impl Reconciler {
             last_heartbeat: None,
             last_sweep: None,
             failures: Vec::new(),
+            released,
+            said_enforcement,
         };
         task.find_probes();
         Ok(task)
@@ -240,14 +252,21 @@ impl Reconciler {
             return Ok(());
         }
         let mut params = params(&config, &self.deps.programs, self.workloads_level);
-        params.config.enforcement = match world.enforcement {
+        let released = self.released.poll();
+        self.said_enforcement = match world.enforcement {
             Override::Absent => params.config.enforcement,
             Override::Is(word) => word.number(),
             // What is pinned, also from before this process.
-            Override::Unreadable => self.applied.config.enforcement,
+            Override::Unreadable => self.said_enforcement,
         };
+        params.config.enforcement = match self.released.current().node {
+            Some(_) => enforcement::OFF,
+            None => self.said_enforcement,
+        };
+        params.released = self.released.current().pod_names();
         let pods = own_pods(&world, &params);
-        let mut changed = changed | self.discovery.poll(&pods, now).await;
+        let mut changed = changed | released | self.discovery.poll(&pods, now).await;
+        changed |= self.follow_workloads();
         self.note_missing(now);
         changed |= self.drop_listeners_of_the_gone()?;
         changed |= self.open_listeners(&world, &params, config.limits.backlog, now).await?;
@@ -518,6 +537,7 @@ fn params(config: &AgentConfig, programs: &Programs, workloads_level: u32) -> Pa
         deny_other: config.other_protocols == crate::config::values::OtherProtocols::Deny,
         raw_guard: config.raw_guard.then(|| programs.guard_kind()),
         never_deny: config.never_deny.iter().map(|n| n.as_str().into()).collect(),
+        released: BTreeSet::new(),
         unenrol_grace: config.unenrol_grace,
         strict_grace: config.strict_grace,
     }

@@ -21,7 +21,7 @@ impl Reconciler {
         if self.last_heartbeat.is_some_and(|last| now.duration_since(last) < HEARTBEAT) {
             return;
         }
-        match apply::heartbeat(&mut self.deps.maps) {
+        match apply::heartbeat(&mut self.deps.maps, &self.applied) {
             Ok(()) => self.last_heartbeat = Some(now),
             Err(error) => self.fail("heartbeat", &error),
         }
@@ -43,6 +43,23 @@ impl Reconciler {
             return false;
         }
         self.find_probes()
+    }
+
+    /// Attaches the programs again when the workloads root was made anew; true when it was.
+    pub(super) fn follow_workloads(&mut self) -> bool {
+        match self.deps.programs.follow_workloads() {
+            Ok(false) => false,
+            Ok(true) => {
+                let programs = &self.deps.programs;
+                tracing::warn!(root = %programs.workloads().path.display(), "the pods' root was made anew: the programs are attached to it");
+                self.workloads_level = programs.workloads_level();
+                true
+            }
+            Err(error) => {
+                self.fail("programs", &error);
+                false
+            }
+        }
     }
 
     pub(super) fn find_probes(&mut self) -> bool {
@@ -68,6 +85,7 @@ impl Reconciler {
         let mut problems = self.failures.clone();
         problems.extend(self.probes.problems.iter().map(|p| problem("probes", p)));
         problems.extend(programs.warnings().iter().map(|w| problem("programs", w)));
+        problems.extend(self.released.problems());
         problems.extend(self.announce_failed.iter().map(|e| problem("board", e)));
         let report = KernelReport {
             programs: programs.attached(),

@@ -111,14 +111,10 @@ impl Programs {
     /// Where a pin cannot be removed.
     pub fn detach_guard(&mut self, interface: u32) -> Result<(), KernelError> {
         self.guarded.remove(&interface);
-        for (_, _, direction, prefix) in GUARDS {
+        for (.., prefix) in GUARDS {
             pins::unpin(&self.pins.link(&format!("{prefix}{interface}")))?;
-            if let Ok(device) = device_name(interface) {
-                for handle in HANDLES {
-                    let _ = detach_filter(&device, direction, handle);
-                }
-            }
         }
+        detach_filters(interface);
         Ok(())
     }
 
@@ -137,6 +133,13 @@ impl Programs {
     pub fn guard_kind(&self) -> &'static str {
         if self.features.has(Feature::Tcx) { "tcx" } else { "clsact" }
     }
+}
+
+/// Removes our clsact filters from a device, as many as there are; the device may be gone.
+pub(in crate::kernel) fn detach_filters(interface: u32) -> usize {
+    let Ok(device) = device_name(interface) else { return 0 };
+    let all = GUARDS.iter().flat_map(|(_, _, direction, _)| HANDLES.map(|h| (*direction, h)));
+    all.filter(|(direction, handle)| detach_filter(&device, *direction, *handle).is_ok()).count()
 }
 
 fn classifier<'a>(
