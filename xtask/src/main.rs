@@ -1,4 +1,4 @@
-//! Signet's chores: `cargo xtask setup | build | check | test | fuzz | bench | demo`.
+//! Signet's chores: `cargo xtask setup | build | check | manifests | image | test | fuzz | bench | demo`.
 //!
 //! Progress goes to standard error, results to standard output. Exit codes are those of
 //! the product: 1 when the answer is no, 6 when this host cannot do what was asked.
@@ -11,6 +11,8 @@ mod demo;
 mod ebpf;
 mod failure;
 mod fuzz;
+mod image;
+mod manifests;
 mod setup;
 mod spiffe_python;
 mod test;
@@ -48,6 +50,10 @@ enum Chore {
         #[arg(long)]
         rules: bool,
     },
+    /// Build the container image as an OCI archive, without a daemon, the same each time.
+    Image(image::Options),
+    /// Build the manifests with kubectl and hold what comes out against the API's own types.
+    Manifests(manifests::Options),
     /// Set up, build, and run every test: unit tests, then end to end in the lab (as root).
     Test(test::Selection),
     /// Run the parsers of untrusted bytes under libFuzzer.
@@ -90,6 +96,8 @@ fn run(chore: Chore) -> anyhow::Result<()> {
             command::run(&mut build)
         }
         Chore::Check { rules } => check::run(&workspace, rules),
+        Chore::Image(options) => image::run(&workspace, &options),
+        Chore::Manifests(options) => manifests::run(&workspace, &options),
         Chore::Test(selection) => test::run(&workspace, &selection),
         Chore::Fuzz(options) => fuzz::run(&workspace, &options),
         Chore::Bench(options) => bench::run(&workspace, &options),

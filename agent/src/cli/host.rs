@@ -9,7 +9,7 @@ use super::exit::{self, Exit, Failure};
 use crate::{
     config::{AgentConfig, ConfigSources, KEYS},
     kernel::{self, KernelConfig, features},
-    lifecycle::{LifecycleError, guard, release, uninstall},
+    lifecycle::{LifecycleError, boot, guard, release, uninstall},
 };
 
 /// The configuration's keys that matter on a node without an agent.
@@ -130,14 +130,24 @@ pub struct UninstallArgs {
     /// root with its key
     #[arg(long)]
     state: bool,
+    /// Remove the guard's binary and systemd unit below this directory, too
+    #[arg(long, value_name = "directory")]
+    host_root: Option<PathBuf>,
+    /// Then stay until SIGTERM: for a DaemonSet, whose pods must not end
+    #[arg(long)]
+    stay: bool,
 }
 
 /// Arguments of `signet guard`.
 #[derive(clap::Args, Debug)]
-#[command(after_help = "\
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "\
 Examples:
   signet guard
-  signet guard --timeout 120 --cgroup-root /kubepods.slice")]
+  signet guard install --host-root /host
+  signet guard --timeout 120 --cgroup-root /kubepods.slice"
+)]
 pub struct GuardArgs {
     #[command(flatten)]
     place: Place,
@@ -148,6 +158,18 @@ pub struct GuardArgs {
     /// The kubelet's configuration, which names its cgroup driver
     #[arg(long, value_name = "file", default_value = "/var/lib/kubelet/config.yaml")]
     kubelet_config: PathBuf,
+    #[command(subcommand)]
+    command: Option<GuardCommand>,
+}
+
+#[derive(clap::Subcommand, Debug)]
+enum GuardCommand {
+    /// Copy this binary and a systemd unit onto a node, so that the guard runs at its next boot.
+    Install {
+        /// The node's root directory
+        #[arg(long, value_name = "directory", default_value = "/")]
+        host_root: PathBuf,
+    },
 }
 
 /// Runs one of the agent's commands.
@@ -172,14 +194,44 @@ pub fn run(command: HostCommand) -> Result<Exit, Failure> {
         HostCommand::Uninstall(args) => {
             let config = args.place.load()?;
             let outcome = uninstall::uninstall(&config, args.state).map_err(failure)?;
-            exit::print(&uninstalled(&config, &outcome))?;
+            let mut text = uninstalled(&config, &outcome);
+            if let Some(root) = &args.host_root {
+                for path in boot::uninstall(root).map_err(failure)? {
+                    text.push_str(&format!("removed {}\n", path.display()));
+                }
+            }
+            exit::print(&text)?;
+            if args.stay {
+                super::client(until_terminated())?;
+            }
         }
     }
     Ok(Exit::Done)
 }
 
-/// Runs the guard.
+/// Waits for SIGTERM or SIGINT.
+async fn until_terminated() -> Result<Exit, Failure> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let failed = |e| Failure::new(Exit::Host, format!("signals cannot be waited for: {e}"));
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(Exit::Done)
+}
+
+/// Runs the guard, or puts it onto the node.
 pub fn run_guard(args: GuardArgs) -> Result<Exit, Failure> {
+    if let Some(GuardCommand::Install { host_root }) = args.command {
+        let mut text = String::new();
+        for path in boot::install(&host_root).map_err(failure)? {
+            text.push_str(&format!("wrote {}\n", path.display()));
+        }
+        exit::print(&text)?;
+        return Ok(Exit::Done);
+    }
     let config = args.place.load()?;
     let kernel = KernelConfig {
         bpffs: config.bpffs.clone(),

@@ -201,3 +201,45 @@ proptest::proptest! {
         let _ = sources(&[(&key.env(), &value)], &[]).load_with(None);
     }
 }
+
+/// Every configuration in `manifests/`, base and overlays, is one that the product reads.
+#[test]
+fn the_shipped_configurations_are_valid() {
+    let manifests = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests");
+    let mut files = vec![manifests];
+    let (mut agents, mut authorities) = (0, 0);
+    while let Some(path) = files.pop() {
+        if path.is_dir() {
+            files.extend(std::fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+            continue;
+        }
+        let Ok(text) = std::fs::read_to_string(&path) else { continue };
+        if path.extension().is_none_or(|e| e != "yaml") || !text.contains("kind: ConfigMap") {
+            continue;
+        }
+        for object in yaml::parse(&text).unwrap() {
+            let Some(data) = object.get("data") else { continue };
+            if let Some(file) = data.get("agent.yaml") {
+                let sources = ConfigSources {
+                    env: vec![("SIGNET_NODE".into(), "node-1".into())],
+                    ..ConfigSources::default()
+                };
+                let loaded = sources.load_with(Some(file.text().unwrap()));
+                let loaded = loaded.unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+                assert_eq!(loaded.config.authority, values::Authority::Grpc);
+                agents += 1;
+            }
+            if let Some(file) = data.get("authority.yaml") {
+                let copy = tempfile::NamedTempFile::new().unwrap();
+                std::fs::write(copy.path(), file.text().unwrap()).unwrap();
+                let loaded =
+                    authority::AuthorityConfig::load(Some(copy.path().to_owned()), &[], &[]);
+                let loaded = loaded.unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+                assert!(loaded.store_secret.is_some());
+                authorities += 1;
+            }
+        }
+    }
+    // The control: they were found.
+    assert!(agents >= 2 && authorities >= 1, "{agents} {authorities}");
+}

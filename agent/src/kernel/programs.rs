@@ -641,8 +641,10 @@ mod tests {
         fs::remove_dir(&root).unwrap();
         assert!(!programs.follow_workloads().unwrap(), "one that is gone is waited for");
         fs::create_dir(&root).unwrap();
-        assert!(count(&programs) < 13);
+        let anew = programs.hierarchy().open(&host.name.join("kubepods")).unwrap();
+        assert_ne!(anew.id, programs.workloads().id);
         assert!(programs.follow_workloads().unwrap());
+        assert_eq!(programs.workloads(), &anew);
         assert_eq!(count(&programs), 13);
         assert!(!programs.follow_workloads().unwrap());
         drop((programs, _maps));

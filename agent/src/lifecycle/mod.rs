@@ -1,6 +1,7 @@
 //! What is done to a node where no agent runs, or must not be waited for: [`guard`] before the
 //! kubelet starts, [`release`] to break the glass, [`uninstall`] to leave nothing.
 
+pub mod boot;
 pub mod guard;
 pub mod release;
 pub mod uninstall;

@@ -10,7 +10,7 @@ use std::{fmt, fs};
 use anyhow::{Context as _, bail};
 
 use crate::{
-    command, ebpf, setup,
+    command, ebpf, manifests, setup,
     workspace::{self, Workspace},
 };
 
@@ -95,6 +95,7 @@ pub fn run(workspace: &Workspace, rules_only: bool) -> anyhow::Result<()> {
                 "generated_",
             ])),
         );
+        step("manifests", manifests::check(workspace));
         step("dependencies", dependencies(workspace));
     }
     if failed.is_empty() {
