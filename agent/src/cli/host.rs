@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// The configuration's keys that matter on a node without an agent.
-const HOST_KEYS: [&str; 8] = [
+const HOST_KEYS: [&str; 9] = [
     "bpffs",
     "cgroupRoot",
     "enforcement",
@@ -21,6 +21,7 @@ const HOST_KEYS: [&str; 8] = [
     "nodeCgroup",
     "runDir",
     "stateDir",
+    "unknownPods",
     "workloadSocket",
 ];
 
@@ -251,7 +252,9 @@ pub fn run_guard(args: GuardArgs) -> Result<Exit, Failure> {
             "nothing to guard: an agent has been here since this node booted\n".into()
         }
         guard::Outcome::NotEnforced => {
-            "nothing to guard: enforcement is off on this node, or it is released\n".into()
+            "nothing to guard: the node is released, enforcement is not enforce, or unknownPods is \
+             allow\n"
+                .into()
         }
     })?;
     Ok(Exit::Done)

@@ -135,6 +135,6 @@ mod tests {
         assert_eq!(uninstall(root.path()).unwrap().len(), 3);
         assert!(!root.path().join("opt/signet").exists());
         assert!(units.join("kubelet.service").exists(), "others' units stay");
-        assert_eq!(uninstall(root.path()).unwrap(), [PathBuf::new(); 0]);
+        assert!(uninstall(root.path()).unwrap().is_empty());
     }
 }

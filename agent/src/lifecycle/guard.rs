@@ -11,7 +11,7 @@ use signet_ebpf::abi::{Config, enforcement};
 
 use super::LifecycleError;
 use crate::{
-    config::{AgentConfig, yaml},
+    config::{AgentConfig, values::UnknownPods, yaml},
     endpoint::released::Released,
     kernel::{
         KernelConfig, Pinned, Programs,
@@ -36,7 +36,8 @@ pub enum Outcome {
     },
     /// An agent has been here since the node booted: its pins hold, nothing was changed.
     AgentWasHere,
-    /// The node is released, or `enforcement` is not `enforce`: nothing was changed.
+    /// The node is released, `enforcement` is not `enforce`, or `unknownPods` is `allow`: nothing
+    /// was changed.
     NotEnforced,
 }
 
@@ -51,7 +52,10 @@ pub fn guard(
     timeout: Duration,
 ) -> Result<Outcome, LifecycleError> {
     let is_released = Released::load(&config.state_dir)?.node.is_some();
-    if is_released || config.enforcement.number() != enforcement::ENFORCE {
+    if is_released
+        || config.enforcement.number() != enforcement::ENFORCE
+        || config.unknown_pods == UnknownPods::Allow
+    {
         return Ok(Outcome::NotEnforced);
     }
     if let Some(pinned) = Pinned::find(&config.bpffs, &config.instance)

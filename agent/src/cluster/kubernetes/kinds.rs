@@ -113,3 +113,52 @@ pub(super) fn all(node: &str, namespace: &str) -> Vec<Kind> {
         config_map("ConfigMap signet-federation", FEDERATION, Everything, Content::Federation),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::yaml::{self, Node};
+
+    /// Texts of a list field.
+    fn texts(node: &Node, name: &str) -> Vec<String> {
+        let read = |list: &Node| list.list(64, |item| item.text().map(str::to_owned));
+        node.get(name).map(read).transpose().unwrap().unwrap_or_default()
+    }
+
+    /// What is watched is what the shipped roles allow, no less; and of the ConfigMaps no more.
+    #[test]
+    fn the_shipped_roles_allow_every_watch() {
+        let path =
+            std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/agent/rbac.yaml");
+        let objects = yaml::parse(&std::fs::read_to_string(path).unwrap()).unwrap();
+        let rules = |kind: &str| {
+            let is_it = |o: &&Node| o.get("kind").is_some_and(|k| k.text() == Ok(kind));
+            let role = objects.iter().find(is_it).unwrap_or_else(|| panic!("no {kind}"));
+            role.get("rules").unwrap().list(64, |rule| Ok(rule.clone())).unwrap()
+        };
+        let (cluster, own) = (rules("ClusterRole"), rules("Role"));
+        let allows = |rules: &[Node], kind: &Kind, verb: &str, name: Option<&str>| {
+            rules.iter().any(|rule| {
+                let names = texts(rule, "resourceNames");
+                texts(rule, "apiGroups").iter().any(|group| group == kind.group)
+                    && texts(rule, "resources").iter().any(|resource| resource == kind.plural)
+                    && texts(rule, "verbs").iter().any(|allowed| allowed == verb)
+                    && name.is_none_or(|name| names.iter().any(|allowed| allowed == name))
+            })
+        };
+        for kind in all("node-1", "signet-system") {
+            for verb in ["list", "watch"] {
+                let name = kind.namespace.as_ref().and(kind.fields.as_deref());
+                let name = name.and_then(|fields| fields.strip_prefix("metadata.name="));
+                let allowed = match name {
+                    Some(name) => allows(&own, &kind, verb, Some(name)),
+                    None => allows(&cluster, &kind, verb, None),
+                };
+                assert!(allowed, "{verb} {} is not in manifests/agent/rbac.yaml", kind.plural);
+            }
+            // The controls: nobody may change what is only read, and no ConfigMap goes unnamed.
+            assert_eq!(allows(&cluster, &kind, "patch", None), kind.plural == "nodeenrolments");
+            assert!(kind.plural != "configmaps" || !allows(&cluster, &kind, "list", None));
+        }
+    }
+}
