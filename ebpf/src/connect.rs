@@ -77,6 +77,7 @@ fn flow_of(ctx: &SockAddrContext, v6: bool) -> Flow {
         remote_port: port,
         // MPTCP's number (262) has TCP's as its low byte, and is TCP on the wire.
         protocol,
+        steerable: true,
         now: now(),
     }
 }

@@ -48,6 +48,8 @@ pub struct Flow {
     pub remote_port: u16,
     /// IP protocol.
     pub protocol: u8,
+    /// Whether it can still be steered: where a socket is being connected. A packet cannot.
+    pub steerable: bool,
     /// `CLOCK_MONOTONIC`, nanoseconds.
     pub now: u64,
 }
@@ -336,7 +338,10 @@ pub fn decide_egress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
         || reason as u16 == Reason::PolicyUnsupported as u16;
     let range = range_at(maps, flow, &peer);
     let chosen_later = service & service::TUNNEL != 0 || range == range::REMOTE;
-    if denied && (!chosen_later || nested) {
+    // What was dialled before the pod was enrolled, and comes again now, was not steered: a
+    // permissive pod may go direct, under what its policy makes of addresses.
+    let direct = nested || (!flow.steerable && matches!(mode, Mode::Permissive));
+    if denied && (!chosen_later || direct) {
         return conclude(entry, config, identity, reason, EPERM, policy);
     }
     let mut tunnel = false;
@@ -377,8 +382,8 @@ pub fn decide_egress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
     if config.enforcement != enforcement::ENFORCE {
         return conclude(entry, config, identity, reason, EPERM, policy);
     }
-    if nested {
-        // Permissive: it may go direct, never through the pod's tunnel.
+    if direct {
+        // Permissive: never through the pod's tunnel.
         return conclude(entry, config, identity, reason, EPERM, policy);
     }
     if entry.flags & pod::READY == 0 {

@@ -130,6 +130,7 @@ fn filter(ctx: &SkBuffContext, packet: &Frame, ingress: bool) -> i32 {
             local_port: packet.destination_port,
             remote_port: packet.source_port,
             protocol: packet.protocol,
+            steerable: false,
             now: now(),
         }
     } else {
@@ -141,6 +142,7 @@ fn filter(ctx: &SkBuffContext, packet: &Frame, ingress: bool) -> i32 {
             local_port: packet.source_port,
             remote_port: packet.destination_port,
             protocol: packet.protocol,
+            steerable: false,
             now: now(),
         }
     };

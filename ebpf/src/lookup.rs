@@ -74,6 +74,7 @@ pub fn lookup(ctx: SkLookupContext) -> u32 {
         // SAFETY: as above.
         remote_port: u16::from_be(unsafe { read(&raw const (*l).remote_port) }),
         protocol: proto::TCP,
+        steerable: false,
         now: now(),
     };
     let decision = decide_ingress(&Kernel, &flow);

@@ -149,6 +149,7 @@ fn refuse(netns: u64, entry: &PodEntry, frame: &Frame, reason: Reason) -> i32 {
         local_port: frame.source_port,
         remote_port: frame.destination_port,
         protocol: frame.protocol,
+        steerable: false,
         now: now(),
     };
     // SAFETY: entries are replaced whole.

@@ -124,6 +124,7 @@ fn flow(remote: Ip, port: u16, protocol: u8) -> Flow {
         local_port: port,
         remote_port: port,
         protocol,
+        steerable: true,
         now: NOW,
     }
 }
@@ -229,6 +230,26 @@ fn services_follow_their_endpoints() {
     let nested = Flow { netns: elsewhere, ..flow(vip, 8080, proto::TCP) };
     maps.pods.get_mut(&POD).unwrap().mode = Mode::Permissive as u8;
     refused(decide_egress(&maps, &nested), Reason::PolicyDeny, EPERM);
+}
+
+#[test]
+fn a_packet_that_was_never_steered_goes_direct_from_a_permissive_pod_alone() {
+    let packet = |to| Flow { steerable: false, ..flow(to, 8080, proto::TCP) };
+    let mut maps = world(Mode::Strict);
+    assert_eq!(decide_egress(&maps, &packet(PEER())).action, Action::Tunnel);
+    maps.pods.get_mut(&POD).unwrap().mode = Mode::Permissive as u8;
+    assert_eq!(dial(&maps, PEER()).action, Action::Tunnel);
+    passes(decide_egress(&maps, &packet(PEER())));
+    // Its policy holds, as far as addresses satisfy it.
+    rule(&mut maps, Direction::Egress, known::ADDRESS, proto::TCP, Reason::PolicyNoMatch);
+    assert_eq!(dial(&maps, PEER()).action, Action::Tunnel, "the handshake may satisfy it");
+    refused(decide_egress(&maps, &packet(PEER())), Reason::PolicyNoMatch, EPERM);
+    let vip = v4(10, 96, 0, 10);
+    maps.addresses.insert(vip, AddressEntry { kind: address::SERVICE, ..AddressEntry::default() });
+    maps.services.insert((vip, 8080, proto::TCP), service::TUNNEL);
+    rule(&mut maps, Direction::Egress, known::ADDRESS, proto::TCP, Reason::PolicyDeny);
+    assert_eq!(dial(&maps, vip).action, Action::Tunnel, "the endpoint is not chosen yet");
+    refused(decide_egress(&maps, &packet(vip)), Reason::PolicyDeny, EPERM);
 }
 
 #[test]

@@ -387,6 +387,7 @@ impl<'a> Check<'a> {
             local_port: if source { EPHEMERAL } else { port },
             remote_port: if source { port } else { EPHEMERAL },
             protocol: self.question.protocol,
+            steerable: true,
             now: 0,
         };
         if source { decide_egress(&verdicts, &flow) } else { decide_ingress(&verdicts, &flow) }

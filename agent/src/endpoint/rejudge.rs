@@ -167,6 +167,7 @@ impl Verdicts<'_> {
             local_port: socket.local.port(),
             remote_port: socket.remote.port(),
             protocol: proto::TCP,
+            steerable: true,
             now: clock::monotonic(),
         };
         if ingress { decide_ingress(self, &flow) } else { decide_egress(self, &flow) }

@@ -41,6 +41,9 @@ pub struct Params {
     pub deny_other: bool,
     /// How raw guards are attached; `None`: not at all.
     pub raw_guard: Option<&'static str>,
+    /// Attaching one takes the link down for an instant, and packets with it (clsact): it is
+    /// attached while a pod is only observed, not when it becomes enforced.
+    pub guard_ahead: bool,
     /// Namespaces whose pods are never refused anything.
     pub never_deny: BTreeSet<Arc<str>>,
     /// Pods (`namespace/name`) that an operator has released: left alone whatever they ask for.
@@ -140,6 +143,8 @@ pub struct Plan {
     pub listeners: BTreeSet<u64>,
     /// Endpoints that need an sk_lookup program.
     pub lookups: BTreeSet<u64>,
+    /// Links that get a guard ahead of time; without a row it passes everything.
+    pub guard_ahead: BTreeSet<u32>,
     /// Pods to announce as served: uid → name.
     pub announce: BTreeMap<PodUid, Arc<str>>,
     /// Endpoints that are enforced from their first registration on: sockets that they made
@@ -225,6 +230,7 @@ struct Planner<'a> {
     identities: BTreeSet<u32>,
     close_all: BTreeSet<u64>,
     close_plaintext: BTreeSet<u64>,
+    guard_ahead: BTreeSet<u32>,
     wake: Option<Duration>,
 }
 
@@ -244,6 +250,7 @@ impl<'a> Planner<'a> {
             identities: BTreeSet::new(),
             close_all: BTreeSet::new(),
             close_plaintext: BTreeSet::new(),
+            guard_ahead: BTreeSet::new(),
             wake: None,
         }
     }
@@ -372,7 +379,13 @@ impl<'a> Planner<'a> {
 
     /// The raw guard of an enforced pod: on every link that leads to it, or none, and said.
     fn guard(&mut self, pod: &Pod, found: &ObservedPod, mode: Mode) -> Option<&'static str> {
-        let kind = self.input.params.raw_guard.filter(|_| mode.is_enforced())?;
+        let kind = self.input.params.raw_guard?;
+        if !mode.is_enforced() {
+            if self.input.params.guard_ahead && mode == Mode::Observe {
+                self.guard_ahead.extend(&found.host_ends);
+            }
+            return None;
+        }
         if found.host_ends.is_empty() {
             self.problems.push(Problem {
                 subject: subject(&pod.name),
@@ -582,6 +595,7 @@ impl<'a> Planner<'a> {
             announce,
             close_all: self.close_all,
             close_plaintext: self.close_plaintext,
+            guard_ahead: self.guard_ahead,
             identities: self.identities,
             wake: self.wake,
         }

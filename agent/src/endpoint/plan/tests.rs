@@ -36,6 +36,7 @@ impl Scene {
             params: Params {
                 deny_other: false,
                 raw_guard: Some("tcx"),
+                guard_ahead: false,
                 node: NODE.into(),
                 config: Config {
                     host_netns: 1,
@@ -602,6 +603,15 @@ fn enforced_pods_are_guarded_at_every_end_of_their_links() {
     assert_eq!(plan.state.endpoints[&2].raw_guard, None);
     let told = |plan: &Plan| plan.state.problems.iter().any(|p| p.message.contains("raw-guard"));
     assert!(!told(&plan));
+
+    // Where attaching costs packets it is done while nothing depends on them yet.
+    scene.observed.pods.get_mut(&observed).unwrap().host_ends = vec![11];
+    assert!(scene.plan().guard_ahead.is_empty());
+    scene.params.guard_ahead = true;
+    let plan = scene.plan();
+    assert_eq!((plan.guard_ahead, plan.tables.guarded.len()), ([11].into(), 2));
+    scene.set_mode(&observed, Mode::Off);
+    assert!(scene.plan().guard_ahead.is_empty(), "off is left alone");
 
     // Without a veth it is said; told not to guard, it is not.
     scene.observed.pods.get_mut(&strict).unwrap().host_ends.clear();

@@ -165,7 +165,7 @@ impl Reconciler {
     /// Guards are attached before their rows are written: without a row they pass everything.
     pub(super) fn attach_guards(&mut self, plan: &Plan) {
         let mut failed = Vec::new();
-        for interface in plan.tables.guarded.keys() {
+        for interface in plan.tables.guarded.keys().chain(&plan.guard_ahead) {
             if let Err(error) = self.deps.programs.attach_guard(*interface) {
                 failed.push(error);
             }
@@ -178,6 +178,7 @@ impl Reconciler {
     pub(super) fn detach_guards(&mut self, plan: &Plan) {
         for interface in self.deps.programs.guarded() {
             if !plan.tables.guarded.contains_key(&interface)
+                && !plan.guard_ahead.contains(&interface)
                 && let Err(error) = self.deps.programs.detach_guard(interface)
             {
                 self.fail("raw guard", &error);

@@ -344,6 +344,7 @@ proptest! {
                 local_port: if egress { 40_000 } else { port },
                 remote_port: if egress { port } else { 40_000 },
                 protocol,
+                steerable: true,
                 now: 0,
             };
             let got = if egress { decide_egress(&maps, &flow) } else { decide_ingress(&maps, &flow) };
