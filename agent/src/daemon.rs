@@ -32,6 +32,7 @@ use crate::{
     },
     flow::{
         self,
+        access_log::AccessLogSettings,
         edges::{EdgesFile, keep},
     },
     kernel::{
@@ -175,7 +176,7 @@ impl DaemonError {
 /// The first thing that is wrong; what earlier agents left in the kernel stays as it was.
 pub fn run(loaded: Loaded, sources: ConfigSources) -> Result<(), DaemonError> {
     let config = loaded.config;
-    logging::init(&config.log_level, log_format(&config))?;
+    let levels = logging::init(&config.log_level, log_format(&config))?;
     let domain = TrustDomain::parse(&config.trust_domain).map_err(|source| {
         DaemonError::TrustDomain { value: config.trust_domain.clone(), source }
     })?;
@@ -197,14 +198,26 @@ pub fn run(loaded: Loaded, sources: ConfigSources) -> Result<(), DaemonError> {
         .enable_all()
         .build()
         .map_err(|source| DaemonError::Start { what: "the control plane's runtime", source })?;
-    let parts =
-        Parts { config, sources, domain, source, board, trust, identity, entries, programs, maps };
+    let parts = Parts {
+        config,
+        levels,
+        sources,
+        domain,
+        source,
+        board,
+        trust,
+        identity,
+        entries,
+        programs,
+        maps,
+    };
     runtime.block_on(serve(parts))
 }
 
 /// What was opened before the runtime.
 struct Parts {
     config: AgentConfig,
+    levels: logging::Levels,
     sources: ConfigSources,
     domain: TrustDomain,
     source: Arc<dyn ClusterSource>,
@@ -219,6 +232,7 @@ struct Parts {
 async fn serve(parts: Parts) -> Result<(), DaemonError> {
     let Parts {
         config,
+        levels,
         sources,
         domain,
         source,
@@ -246,7 +260,9 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         tracing::error!(%error, "the history of flows is not read");
         flow::Edges::default()
     });
-    let (recorder, collector) = flow::start(flow::Limits::default(), edges.clone());
+    let access_log = AccessLogSettings::new(config.access_log, config.access_log_per_second);
+    let (recorder, collector) =
+        flow::start(flow::Limits::default(), edges.clone(), access_log.clone());
     let log = recorder.log();
     let (stop, ended) = (CancellationToken::new(), CancellationToken::new());
     let mut following = identity.follow(stop.clone());
@@ -422,6 +438,10 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         match reload(&applied, &sources) {
             Ok(newer) => {
                 plane.set_limits(newer.limits);
+                access_log.set(newer.access_log, newer.access_log_per_second);
+                if let Err(error) = levels.set(&newer.log_level) {
+                    tracing::error!(%error, "the log's levels stay");
+                }
                 config_changes.send_replace(Arc::new(newer.clone()));
                 applied = newer;
             }

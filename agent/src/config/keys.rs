@@ -5,7 +5,7 @@ use std::{fmt::Display, net::SocketAddr, path::PathBuf, str::FromStr, time::Dura
 use super::{
     AgentConfig,
     values::{
-        Authority, DefaultAction, Enforcement, LogFormat, OtherProtocols, UnknownPods,
+        AccessLog, Authority, DefaultAction, Enforcement, LogFormat, OtherProtocols, UnknownPods,
         WhenAgentDead, parse_range,
     },
     yaml::shorten,
@@ -451,6 +451,15 @@ keys! {
             c.log_level = value.into();
         }
         get(c) vec![c.log_level.clone()];
+    "accessLog" Live false "off|denied|all"
+        "Which connections get a line in the log, under the target access: none, those that were \
+         refused or would have been, or all."
+        set(c, v) { c.access_log = AccessLog::parse(one(v)?)?; }
+        get(c) vec![c.access_log.as_str().into()];
+    "accessLogPerSecond" Live false "number"
+        "Lines of the access log a second; more are counted only."
+        set(c, v) { c.access_log_per_second = number(v, 1, 100_000)?; }
+        get(c) vec![c.access_log_per_second.to_string()];
     "logFormat" Restart false "text|json" "How log lines are written."
         set(c, v) { c.log_format = LogFormat::parse(one(v)?)?; }
         get(c) vec![c.log_format.as_str().into()];

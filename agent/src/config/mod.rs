@@ -24,7 +24,8 @@ use ipnet::IpNet;
 
 pub use self::keys::{Apply, KEYS, Key};
 use self::values::{
-    Authority, DefaultAction, Enforcement, LogFormat, OtherProtocols, UnknownPods, WhenAgentDead,
+    AccessLog, Authority, DefaultAction, Enforcement, LogFormat, OtherProtocols, UnknownPods,
+    WhenAgentDead,
 };
 use self::yaml::{Fault, Node, Value};
 
@@ -73,6 +74,8 @@ pub struct AgentConfig {
     pub cores: Option<usize>,
     pub events_per_second: u32,
     pub log_level: String,
+    pub access_log: AccessLog,
+    pub access_log_per_second: u32,
     pub log_format: LogFormat,
 }
 
@@ -139,6 +142,8 @@ impl Default for AgentConfig {
             cores: None,
             events_per_second: 1000,
             log_level: "info".into(),
+            access_log: AccessLog::Off,
+            access_log_per_second: 1000,
             log_format: LogFormat::Text,
         }
     }

@@ -153,6 +153,18 @@ words! {
 }
 
 words! {
+    /// Which connections the access log tells of.
+    AccessLog {
+        /// None.
+        Off = "off",
+        /// Those that were refused, or would have been.
+        Denied = "denied",
+        /// All.
+        All = "all",
+    }
+}
+
+words! {
     /// How logs are written.
     LogFormat {
         /// For people.

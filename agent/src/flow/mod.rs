@@ -4,6 +4,7 @@
 //! [`Collector`] moves it into the ring, from which a [`FlowLog`] answers, and counts it in
 //! the history ([`edges`]).
 
+pub mod access_log;
 pub mod edges;
 #[cfg(test)]
 pub(crate) mod example;

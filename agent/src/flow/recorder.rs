@@ -12,6 +12,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
+    time::Instant,
 };
 
 use jiff::{SignedDuration, Timestamp};
@@ -19,6 +20,7 @@ use signet_ebpf::abi::{Reason, Verdict};
 use tokio::sync::mpsc;
 
 use super::{
+    access_log::{AccessLog, AccessLogSettings},
     edges::Edges,
     hits::Hits,
     record::{FlowEvent, FlowRecord},
@@ -99,6 +101,7 @@ pub struct Collector {
     queue: mpsc::Receiver<Queued>,
     shared: Arc<Shared>,
     edges: Edges,
+    access: AccessLog,
 }
 
 /// Reads the ring.
@@ -175,8 +178,9 @@ impl Totals {
     }
 }
 
-/// Makes a recorder and the collector that serves it, which counts in `edges`, too.
-pub fn start(limits: Limits, edges: Edges) -> (Recorder, Collector) {
+/// Makes a recorder and the collector that serves it, which counts in `edges`, too, and writes
+/// the access log.
+pub fn start(limits: Limits, edges: Edges, access: AccessLogSettings) -> (Recorder, Collector) {
     let (tx, rx) = mpsc::channel(limits.queue.max(16));
     let shared = Arc::new(Shared {
         state: Mutex::new(State {
@@ -192,7 +196,8 @@ pub fn start(limits: Limits, edges: Edges) -> (Recorder, Collector) {
         drops: Default::default(),
         lost: Default::default(),
     });
-    (Recorder { queue: tx, shared: shared.clone() }, Collector { queue: rx, shared, edges })
+    let access = AccessLog::new(access);
+    (Recorder { queue: tx, shared: shared.clone() }, Collector { queue: rx, shared, edges, access })
 }
 
 impl Recorder {
@@ -233,7 +238,7 @@ impl Recorder {
         }
         let kept_for_drops = self.queue.max_capacity() / 4;
         let full = !dropped && self.queue.capacity() <= kept_for_drops;
-        if full || self.queue.try_send(Queued { slot, record }).is_err() {
+        if full || self.queue.try_send(Queued { slot, origin, record }).is_err() {
             in_flight.fetch_sub(1, Ordering::Relaxed);
             shared.count_lost(LostCause::Queue, 1);
         }
@@ -245,10 +250,14 @@ impl Collector {
     pub async fn run(mut self) {
         let mut batch = Vec::with_capacity(BATCH);
         while self.queue.recv_many(&mut batch, BATCH).await > 0 {
-            batch.iter().for_each(|queued| self.edges.record(&queued.record));
+            let now = Instant::now();
+            for Queued { record, origin, .. } in &batch {
+                self.edges.record(record);
+                self.access.tell(record, *origin == Origin::Kernel, now);
+            }
             let mut state = self.shared.state();
             state.losses.sample(Timestamp::now(), &self.shared.lost);
-            for Queued { slot, record } in batch.drain(..) {
+            for Queued { slot, record, .. } in batch.drain(..) {
                 if let Some(in_flight) = self.shared.slots.get(slot) {
                     in_flight.fetch_sub(1, Ordering::Relaxed);
                 }
@@ -370,7 +379,7 @@ const BATCH: usize = 128;
 /// Counters of records in flight; pods whose names hash alike share one.
 const SLOTS: usize = 512;
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Origin {
     Proxy,
     Kernel,
@@ -379,6 +388,7 @@ enum Origin {
 #[derive(Debug)]
 struct Queued {
     slot: usize,
+    origin: Origin,
     record: FlowRecord,
 }
 
@@ -538,7 +548,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_recorded_is_found() {
-        let (recorder, collector) = start(SMALL, Edges::default());
+        let (recorder, collector) = start(SMALL, Edges::default(), AccessLogSettings::default());
         let log = recorder.log();
         recorder.record(allowed());
         recorder.record(denied());
@@ -561,7 +571,7 @@ mod tests {
     /// The collector does not run at all: the worst that a data plane can do to it.
     #[tokio::test]
     async fn a_flood_costs_other_pods_nothing_and_every_loss_is_counted() {
-        let (recorder, collector) = start(SMALL, Edges::default());
+        let (recorder, collector) = start(SMALL, Edges::default(), AccessLogSettings::default());
         let log = recorder.log();
         for _ in 0..1000 {
             recorder.record(allowed());
@@ -584,7 +594,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_last_quarter_of_the_queue_is_for_drops() {
-        let (recorder, _collector) = start(SMALL, Edges::default());
+        let (recorder, _collector) = start(SMALL, Edges::default(), AccessLogSettings::default());
         // Sixteen pods, eight records each: more than the queue holds.
         for n in 0..16 {
             let mut record = allowed();
@@ -601,7 +611,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_follower_gets_each_later_record_once() {
-        let (recorder, collector) = start(SMALL, Edges::default());
+        let (recorder, collector) = start(SMALL, Edges::default(), AccessLogSettings::default());
         let log = recorder.log();
         let collecting = tokio::spawn(collector.run());
         recorder.record(allowed());
@@ -628,7 +638,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_slow_follower_is_told_how_much_it_lost() {
-        let (recorder, collector) = start(Limits::default(), Edges::default());
+        let (recorder, collector) =
+            start(Limits::default(), Edges::default(), AccessLogSettings::default());
         let (_, mut follower) = recorder.log().follow(everything()).unwrap();
         let collecting = tokio::spawn(collector.run());
         for n in 0..FOLLOWER_QUEUE as u64 + 500 {

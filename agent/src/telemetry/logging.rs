@@ -2,7 +2,9 @@
 
 use std::io::IsTerminal;
 
-use tracing_subscriber::{EnvFilter, filter::LevelFilter};
+use tracing_subscriber::{
+    EnvFilter, Registry, filter::LevelFilter, layer::SubscriberExt, reload, util::SubscriberInitExt,
+};
 
 /// How log lines look.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -33,18 +35,31 @@ pub enum LogError {
     Already(String),
 }
 
+/// Changes the levels of the log that [`init`] has set up.
+#[derive(Clone, Debug)]
+pub struct Levels(reload::Handle<EnvFilter, Registry>);
+
+impl Levels {
+    /// Takes other levels; what is none changes nothing.
+    pub fn set(&self, level: &str) -> Result<(), LogError> {
+        let filter = filter(level)?;
+        self.0.reload(filter).map_err(|e| LogError::Already(e.to_string()))
+    }
+}
+
 /// Sends the process's log to stderr; `level` is a level or `target=level,…`.
-pub fn init(level: &str, format: Format) -> Result<(), LogError> {
-    let filter = filter(level)?;
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+pub fn init(level: &str, format: Format) -> Result<Levels, LogError> {
+    let (filter, handle) = reload::Layer::new(filter(level)?);
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());
+    let registry = tracing_subscriber::registry().with(filter);
     let done = match format {
-        Format::Text => builder.try_init(),
-        Format::Json => builder.json().flatten_event(true).try_init(),
+        Format::Text => registry.with(lines).try_init(),
+        Format::Json => registry.with(lines.json().flatten_event(true)).try_init(),
     };
-    done.map_err(|e| LogError::Already(e.to_string()))
+    done.map_err(|e| LogError::Already(e.to_string()))?;
+    Ok(Levels(handle))
 }
 
 fn filter(level: &str) -> Result<EnvFilter, LogError> {
