@@ -74,6 +74,7 @@ impl Args for AgentArgs {
             )
             .after_help(
                 "Examples:\n  signet agent --node node-1 --cluster-dir /etc/signet/cluster\n  \
+                 signet agent --node node-1 --kubeconfig /etc/signet/kubeconfig\n  \
                  signet agent --config /etc/signet/agent.yaml --print-config\n  \
                  signet agent release --pod shop/payments-5b7f",
             );

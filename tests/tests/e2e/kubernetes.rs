@@ -2,6 +2,7 @@
 //! and the override work the same, and no fault of the API server makes a wrong verdict.
 
 use std::{
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -14,6 +15,7 @@ use signet_lab::{
     cluster_dir::ObjectKey,
     eventually,
     pod::Pod,
+    process::signet_binary,
     traffic::{Role, reports::LoadReport, roles::Load},
 };
 
@@ -290,4 +292,27 @@ fn an_empty_list_is_the_truth_and_a_failed_one_is_not() -> Result<()> {
         answered_soon(intruder, payments.at(TCP))?;
         Ok(())
     })
+}
+
+#[test]
+fn without_access_to_an_api_server_the_agent_says_what_to_give() -> Result<()> {
+    let run = |arguments: &[&str]| -> Result<(Option<i32>, String)> {
+        let output = Command::new(signet_binary()?)
+            .env_remove("KUBERNETES_SERVICE_HOST")
+            .args(["agent", "--node", "node-1"])
+            .args(arguments)
+            .output()?;
+        Ok((output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned()))
+    };
+    let (code, text) = run(&[])?;
+    ensure!(code == Some(3), "{code:?} {text}");
+    ensure!(
+        text.contains("no access to an API server") && text.contains("give a kubeconfig"),
+        "{text}"
+    );
+    let (code, text) = run(&["--kubeconfig", "/no/such/file"])?;
+    ensure!(code == Some(3) && text.contains("kubeconfig /no/such/file"), "{code:?} {text}");
+    let (code, text) = run(&["--watch-timeout", "10m"])?;
+    ensure!(code == Some(3) && text.contains("--watch-timeout"), "{code:?} {text}");
+    Ok(())
 }
