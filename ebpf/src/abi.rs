@@ -95,6 +95,10 @@ pub const IDENTITY_HOST: u32 = 1;
 /// In a [`PolicyKey`]: every identity that has no entry of its own.
 pub const IDENTITY_ANY: u32 = u32::MAX;
 
+/// The policy number of the built-in that lets the kubelet's probes pass; no other policy
+/// has it.
+pub const POLICY_PROBES: u32 = u32::MAX;
+
 /// A namespace's or pod's mode (DESIGN §2), ordered from loose to tight.
 #[repr(u8)]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]

@@ -5,8 +5,8 @@
 
 use crate::abi::{
     AddressEntry, Config, Direction, HEARTBEAT_NS, IDENTITY_ANY, IDENTITY_WORLD, Ip, Mode,
-    PodEntry, PolicyKey, PolicyValue, Reason, TUNNEL_PORT, Verdict, address, enforcement, known,
-    pod, proto, range, service, unknown_pods,
+    POLICY_PROBES, PodEntry, PolicyKey, PolicyValue, Reason, TUNNEL_PORT, Verdict, address,
+    enforcement, known, pod, proto, range, service, unknown_pods,
 };
 
 /// What the verdict reads; the programs answer from BPF maps, tests from hash maps.
@@ -447,7 +447,8 @@ pub fn decide_ingress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
     }
     if maps.is_probe(flow) {
         // A listed built-in: the node's own kubelet.
-        return conclude(entry, config, identity, Reason::Allowed, 0, NO_POLICY);
+        let builtin = PolicyValue { number: POLICY_PROBES, ..NO_POLICY };
+        return conclude(entry, config, identity, Reason::Allowed, 0, builtin);
     }
     let observing = matches!(mode, Mode::Observe);
     if tcp {

@@ -59,7 +59,7 @@ pub fn answer(
     let state = inputs.state.as_ref().ok_or(Unanswered::Early)?;
     let proposed = read(&request.manifests, &request.root_namespace)?;
     let after = with_policies(&state.world, proposed);
-    let setting = Setting { never_deny: state.never_deny.clone(), enforcement: state.enforcement };
+    let setting = Setting::of(state);
     let mut response = DiffPoliciesResponse { node: inputs.node.to_string(), ..Default::default() };
     let cases = cases(edges, request);
     for (n, (case, (count, last))) in cases.iter().enumerate() {

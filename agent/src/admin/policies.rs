@@ -2,18 +2,20 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use signet_ebpf::abi::Direction;
+use signet_ebpf::abi::{Direction, Mode, proto};
 
 use super::inputs::StatusInputs;
 use crate::{
+    config::values::Builtin,
     endpoint::{
         check::{self, Answer, Setting, Side},
-        state::NodeState,
+        state::{EndpointState, NodeState},
     },
     policy::{
+        builtin,
         explain::PolicyStep,
         istio::{Mtls, PeerAuthentication},
-        model::{Accepted, Action, Policy, PolicyName, Selector},
+        model::{Accepted, Action, Policy, PolicyName, Rule, Selector},
     },
     proto::admin,
     telemetry::{names, reason},
@@ -31,6 +33,9 @@ pub fn list(inputs: &StatusInputs, hits: &HashMap<PolicyName, u64>) -> admin::Li
         world.policies.policies.iter().map(|p| policy(state, p, hits(&p.name))).collect();
     policies.extend(
         world.peer_authentications.iter().map(|p| peer_authentication(state, p, hits(&p.name))),
+    );
+    policies.extend(
+        Builtin::ALL.map(|which| builtin(state, which, hits(&builtin::name(which.as_str())))),
     );
     admin::ListPoliciesResponse { node, revision: state.revision, policies }
 }
@@ -55,6 +60,68 @@ fn policy(state: &NodeState, policy: &Arc<Policy>, hits: u64) -> admin::PolicyIn
         conditions: vec![accepted(policy.accepted()), enforced(state, pods)],
         ..named(&policy.name, hits)
     }
+}
+
+/// The most places that are told of what a built-in allows.
+const MOST_PLACES: usize = 32;
+
+/// A built-in: in force or removed, and what it allows.
+fn builtin(state: &NodeState, which: Builtin, hits: u64) -> admin::PolicyInForce {
+    let made = state.builtins.policy(which, &state.world);
+    let in_force = state.builtins.has(which);
+    let judged = |endpoint: &&Arc<EndpointState>| endpoint.mode != Mode::Off;
+    let pods = if in_force { state.endpoints.values().filter(judged).count() } else { 0 };
+    let allows = match which {
+        Builtin::Dns => format!("allows DNS to the pod's own resolvers: {}", places(&made)),
+        Builtin::KubeletProbes => {
+            "allows what the node's own kubelet (probeCgroups) dials: probes".into()
+        }
+    };
+    let condition = if in_force {
+        admin::Condition {
+            r#type: "Accepted".into(),
+            status: "True".into(),
+            reason: "InForce".into(),
+            message: allows,
+        }
+    } else {
+        admin::Condition {
+            r#type: "Accepted".into(),
+            status: "False".into(),
+            reason: "Removed".into(),
+            message: format!("removed by the key builtins of the configuration; it {allows}"),
+        }
+    };
+    let direction = if made.governs_ingress { "ingress" } else { "egress" };
+    admin::PolicyInForce {
+        action: action(made.action).into(),
+        directions: vec![direction.into()],
+        selects: selects(&made.selector),
+        pods: count(pods),
+        conditions: vec![condition, enforced(state, pods)],
+        ..named(&made.name, hits)
+    }
+}
+
+/// `10.96.0.10:53/udp, …`.
+fn places(policy: &Policy) -> String {
+    let peers = || policy.egress.iter().flat_map(Rule::all_peers);
+    let targets = peers().flat_map(|peer| &peer.targets).map(|target| {
+        let protocol = if target.protocol == proto::UDP { "udp" } else { "tcp" };
+        format!("{}/{protocol}", std::net::SocketAddr::new(target.ip, target.port))
+    });
+    let addresses = peers().flat_map(|peer| &peer.ip_blocks).map(|block| {
+        let at = std::net::SocketAddr::new(block.addr(), builtin::DNS_PORT);
+        format!("{at}/udp and tcp")
+    });
+    let mut all: Vec<String> = targets.chain(addresses).collect();
+    if all.is_empty() {
+        return "none is known (no Service kube-system/kube-dns); name them in dnsResolvers".into();
+    }
+    let more = all.len().saturating_sub(MOST_PLACES);
+    all.truncate(MOST_PLACES);
+    let more = if more == 0 { String::new() } else { format!(" and {more} more") };
+    all.join(", ") + &more
 }
 
 fn peer_authentication(
@@ -178,7 +245,7 @@ pub fn answer(
         &state.world.trust_domain,
     )
     .map_err(Unanswered::Question)?;
-    let setting = Setting { never_deny: state.never_deny.clone(), enforcement: state.enforcement };
+    let setting = Setting::of(state);
     let answer = check::check(&state.world, &setting, &question)?;
     Ok(response(&inputs.node, &answer))
 }

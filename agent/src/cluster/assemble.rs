@@ -332,6 +332,7 @@ fn service(facts: &ServiceFacts, slices: &[&SliceFacts]) -> Service {
         name: facts.name.clone(),
         cluster_ips: facts.cluster_ips.clone(),
         ports: facts.ports.iter().map(port).collect(),
+        is_resolver: facts.is_resolver,
     }
 }
 

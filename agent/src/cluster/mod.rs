@@ -4,10 +4,11 @@
 //! change; [`manifest`] reads one file, [`objects`] takes from each object what matters,
 //! [`assemble`] joins them, whatever their source; [`modes`] are the rules of labels,
 //! [`plaintext`] those of PeerAuthentications; [`offline`] reads manifests once;
-//! [`enrolment`] says who is served.
+//! [`enrolment`] says who is served, [`builtins`] what passes without a policy.
 
 pub mod assemble;
 mod collected;
+pub mod builtins;
 pub mod enrolment;
 pub mod files;
 pub mod kubernetes;

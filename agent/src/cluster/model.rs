@@ -287,6 +287,9 @@ pub struct Service {
     pub cluster_ips: Vec<IpAddr>,
     /// Its ports.
     pub ports: Vec<ServicePort>,
+    /// The cluster's own resolver: a Service of kube-system that is called `kube-dns` or has
+    /// the label `k8s-app: kube-dns`.
+    pub is_resolver: bool,
 }
 
 /// A Service's port and what is behind it.

@@ -112,6 +112,9 @@ pub struct ServiceFacts {
     pub cluster_ips: Vec<IpAddr>,
     /// Name, port, IP protocol.
     pub ports: Vec<(Arc<str>, u16, u8)>,
+    /// It is called [`RESOLVER`] or has that label, in the namespace that only the cluster's
+    /// administrators write to.
+    pub is_resolver: bool,
 }
 
 /// An EndpointSlice of a Service.
@@ -160,6 +163,10 @@ pub struct RangeFacts {
 
 /// Annotation of the pods by which a kubelet shows its static pods.
 pub const MIRROR: &str = "kubernetes.io/config.mirror";
+
+/// What the Service of the cluster's resolver is called or labelled (`k8s-app`), whatever
+/// serves it; in the namespace `kube-system`.
+pub const RESOLVER: &str = "kube-dns";
 
 /// Prefix of the labels and annotations that are Signet's.
 pub const LABEL_PREFIX: &str = "signet.dev/";
@@ -363,7 +370,10 @@ impl ServiceFacts {
                 }
             }
         }
-        Ok(Self { name, cluster_ips, ports })
+        let label = object.metadata.labels.as_ref().and_then(|labels| labels.get("k8s-app"));
+        let is_called = &*name.name == RESOLVER || label.is_some_and(|app| app == RESOLVER);
+        let is_resolver = is_called && &*name.namespace == "kube-system";
+        Ok(Self { name, cluster_ips, ports, is_resolver })
     }
 }
 

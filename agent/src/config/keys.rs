@@ -5,8 +5,8 @@ use std::{fmt::Display, net::SocketAddr, path::PathBuf, str::FromStr, time::Dura
 use super::{
     AgentConfig,
     values::{
-        AccessLog, Authority, DefaultAction, Enforcement, LogFormat, OtherProtocols, UnknownPods,
-        WhenAgentDead, parse_range,
+        AccessLog, Authority, Builtin, DefaultAction, Enforcement, LogFormat, OtherProtocols, Resolver,
+        UnknownPods, WhenAgentDead, parse_range,
     },
     yaml::shorten,
 };
@@ -383,6 +383,17 @@ keys! {
         "Namespaces whose pods are registered first and never wait, besides kube-system."
         set(c, v) { c.never_deny = each(v, |n| label(n, 63))?; }
         get(c) c.never_deny.clone();
+    "builtins" Live true "dns,kubelet-probes"
+        "What passes without a policy: DNS to the pod's own resolvers, unless a policy denies it, \
+         and probes of the node's own kubelet. What is left out is removed; signet policy list \
+         shows them."
+        set(c, v) { c.builtins = each(v, Builtin::parse)?; }
+        get(c) c.builtins.iter().map(|b| b.as_str().into()).collect();
+    "dnsResolvers" Live true "addresses or namespace/service"
+        "Resolvers of the built-in dns (UDP and TCP port 53), besides the cluster's own: the \
+         Service kube-system/kube-dns, and those in kube-system with the label k8s-app: kube-dns."
+        set(c, v) { c.dns_resolvers = each(v, Resolver::parse)?; }
+        get(c) shown(&c.dns_resolvers);
     "rootNamespace" Restart false "namespace"
         "The namespace whose AuthorizationPolicies and PeerAuthentications are the whole mesh's, \
          as Istio's meshConfig.rootNamespace."

@@ -24,8 +24,8 @@ use ipnet::IpNet;
 
 pub use self::keys::{Apply, KEYS, Key};
 use self::values::{
-    AccessLog, Authority, DefaultAction, Enforcement, LogFormat, OtherProtocols, UnknownPods,
-    WhenAgentDead,
+    AccessLog, Authority, Builtin, DefaultAction, Enforcement, LogFormat, OtherProtocols, Resolver,
+    UnknownPods, WhenAgentDead,
 };
 use self::yaml::{Fault, Node, Value};
 
@@ -62,6 +62,8 @@ pub struct AgentConfig {
     pub other_protocols: OtherProtocols,
     pub raw_guard: bool,
     pub never_deny: Vec<String>,
+    pub builtins: Vec<Builtin>,
+    pub dns_resolvers: Vec<Resolver>,
     pub root_namespace: String,
     pub default_action: DefaultAction,
     pub pod_ranges: Vec<IpNet>,
@@ -125,6 +127,8 @@ impl Default for AgentConfig {
             other_protocols: OtherProtocols::Allow,
             raw_guard: true,
             never_deny: Vec::new(),
+            builtins: Builtin::ALL.to_vec(),
+            dns_resolvers: Vec::new(),
             root_namespace: "istio-system".into(),
             default_action: DefaultAction::Allow,
             pod_ranges: Vec::new(),

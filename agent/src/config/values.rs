@@ -173,3 +173,64 @@ words! {
         Json = "json",
     }
 }
+
+words! {
+    /// What passes without a policy, unless it is removed.
+    Builtin {
+        /// DNS to the pod's own resolvers.
+        Dns = "dns",
+        /// The probes of the node's own kubelet.
+        KubeletProbes = "kubelet-probes",
+    }
+}
+
+impl Builtin {
+    /// Every one.
+    pub const ALL: [Self; 2] = [Self::Dns, Self::KubeletProbes];
+}
+
+/// A resolver of names.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Resolver {
+    /// At an address, on port 53.
+    Address(IpAddr),
+    /// A Service: its own addresses, and the endpoints behind its port 53.
+    Service {
+        /// Its namespace.
+        namespace: String,
+        /// Its name.
+        name: String,
+    },
+}
+
+impl Resolver {
+    /// `169.254.20.10` or `kube-system/kube-dns`; the error is value and remedy.
+    pub fn parse(value: &str) -> Result<Self, String> {
+        if let Ok(ip) = value.parse::<IpAddr>() {
+            return Ok(Self::Address(ip.to_canonical()));
+        }
+        let is_name = |part: &str| {
+            (1..=63).contains(&part.len())
+                && part.bytes().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-')
+        };
+        match value.split_once('/') {
+            Some((namespace, name)) if is_name(namespace) && is_name(name) => {
+                Ok(Self::Service { namespace: namespace.into(), name: name.into() })
+            }
+            _ => Err(format!(
+                "{:?} is not a resolver; write an address like 169.254.20.10, or \
+                 NAMESPACE/SERVICE",
+                super::yaml::shorten(value)
+            )),
+        }
+    }
+}
+
+impl std::fmt::Display for Resolver {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Address(ip) => ip.fmt(f),
+            Self::Service { namespace, name } => write!(f, "{namespace}/{name}"),
+        }
+    }
+}

@@ -19,9 +19,12 @@ use signet_ebpf::{
     decide::{Action, Decision, Flow, decide_egress, decide_ingress},
 };
 
-use super::{plan, rejudge::Verdicts, tables::Tables};
+use super::{plan, rejudge::Verdicts, state::NodeState, tables::Tables};
 use crate::{
-    cluster::model::{ObjectName, Pod, World},
+    cluster::{
+        builtins::Builtins,
+        model::{ObjectName, Pod, World},
+    },
     policy::{
         compile::{CompileInput, compile},
         evaluate::{FlowFacts, PeerIdentity},
@@ -70,6 +73,19 @@ pub struct Setting {
     pub never_deny: BTreeSet<Arc<str>>,
     /// One of [`enforcement`]'s.
     pub enforcement: u8,
+    /// What passes without a policy.
+    pub builtins: Builtins,
+}
+
+impl Setting {
+    /// As on a node.
+    pub fn of(state: &NodeState) -> Self {
+        Self {
+            never_deny: state.never_deny.clone(),
+            enforcement: state.enforcement,
+            builtins: state.builtins.clone(),
+        }
+    }
 }
 
 /// The question cannot be answered.
@@ -153,6 +169,7 @@ struct Check<'a> {
     to_ip: IpAddr,
     /// By number, from [`FIRST_IDENTITY`] on.
     identities: Vec<(u32, SpiffeId)>,
+    builtins: Vec<Arc<Policy>>,
     tables: Tables,
     notes: Vec<String>,
 }
@@ -229,6 +246,7 @@ impl<'a> Check<'a> {
             to_id,
             to_ip,
             identities,
+            builtins: setting.builtins.policies(world),
             tables: Tables::default(),
             notes,
         };
@@ -242,6 +260,12 @@ impl<'a> Check<'a> {
 
     fn is_enrolled(&self, pod: &Pod) -> bool {
         pod.is_enrollable() && self.mode(pod).is_enforced()
+    }
+
+    /// The pod's policies and the built-ins, as the reconciler joins them.
+    fn policies_of(&self, pod: &Pod) -> Vec<Arc<Policy>> {
+        let own = self.world.policies_of(pod);
+        own.into_iter().chain(self.builtins.iter().cloned()).collect()
     }
 
     fn number(&self, id: Option<&SpiffeId>) -> u32 {
@@ -289,7 +313,7 @@ impl<'a> Check<'a> {
                 let (port, protocol) = (exempt.port, exempt.protocol);
                 self.tables.exempt.insert(ExemptKey { netns, port, protocol, pad: [0; 5] }, 1);
             }
-            let policies = self.world.policies_of(&found);
+            let policies = self.policies_of(&found);
             let numbers: Vec<PolicyName> = policies.iter().map(|p| p.name.clone()).collect();
             let entries = compile(&CompileInput {
                 policies: &policies,
@@ -423,7 +447,7 @@ impl<'a> Check<'a> {
             port: self.question.port,
             protocol: self.question.protocol,
         };
-        let policies: Vec<Arc<Policy>> = self.world.policies_of(judged);
+        let policies = self.policies_of(judged);
         let explanation = explain(&policies, self.default_deny(judged), &facts);
         let outcome = &explanation.outcome;
         let mut side = Side {

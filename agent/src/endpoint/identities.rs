@@ -10,10 +10,15 @@ use std::{
     time::Duration,
 };
 
-use signet_ebpf::abi::{FIRST_IDENTITY, IDENTITY_ANY, IDENTITY_NAME_LEN, IdentityName};
+use signet_ebpf::abi::{
+    FIRST_IDENTITY, IDENTITY_ANY, IDENTITY_NAME_LEN, IdentityName, POLICY_PROBES,
+};
 
 use crate::{
-    policy::model::{Policy, PolicyName, PolicySet},
+    policy::{
+        builtin,
+        model::{Policy, PolicyName, PolicySet},
+    },
     spiffe::SpiffeId,
 };
 
@@ -155,14 +160,16 @@ pub struct PolicyNumbers {
 
 impl PolicyNumbers {
     /// Gives every policy of `set` its number; one that changed keeps its own, and one that is
-    /// gone keeps it for a while, so that late events still name it.
-    pub fn update(&mut self, set: &PolicySet) {
+    /// gone keeps it for a while, so that late events still name it. So has every one of
+    /// `builtins`, and the kubelet's probes the number that the kernel has for them.
+    pub fn update(&mut self, set: &PolicySet, builtins: &[Arc<Policy>]) {
         let mut policies = HashMap::with_capacity(set.policies.len() + set.carried.len());
         let mut current = HashSet::with_capacity(policies.capacity());
-        for policy in set.policies.iter().chain(&set.carried) {
+        policies.insert(POLICY_PROBES, Arc::new(builtin::probes()));
+        for policy in set.policies.iter().chain(&set.carried).chain(builtins) {
             let number = *self.numbers.entry(policy.name.clone()).or_insert_with(|| {
                 // Never 0: that means "no policy". A number a name: four thousand million.
-                self.last = self.last.saturating_add(1);
+                self.last = self.last.saturating_add(1).min(POLICY_PROBES - 1);
                 self.last
             });
             policies.insert(number, policy.clone());
@@ -287,22 +294,22 @@ mod tests {
     fn a_policy_that_is_gone_still_has_its_name_for_a_while() {
         let mut numbers = PolicyNumbers::default();
         let one = set_of(&["one"]);
-        numbers.update(&one);
+        numbers.update(&one, &[]);
         let number = numbers.number(&one.policies[0].name);
         assert_ne!(number, 0);
-        numbers.update(&set_of(&["two"]));
+        numbers.update(&set_of(&["two"]), &[]);
         assert_eq!(&*numbers.policies()[&number].name.name, "one");
-        numbers.update(&one);
+        numbers.update(&one, &[]);
         assert_eq!(numbers.number(&one.policies[0].name), number, "it came back");
 
         // Not for ever: many others came and went.
         let names: Vec<String> = (0..2 * DEPARTED).map(|n| format!("p{n}")).collect();
         for name in &names {
-            numbers.update(&set_of(&[name]));
+            numbers.update(&set_of(&[name]), &[]);
         }
         assert!(!numbers.policies().contains_key(&number));
-        assert_eq!(numbers.policies().len(), DEPARTED + 1);
-        numbers.update(&one);
+        assert_eq!(numbers.policies().len(), DEPARTED + 2, "and the probes");
+        numbers.update(&one, &[]);
         assert_ne!(numbers.number(&one.policies[0].name), number, "nobody's number twice");
     }
 }

@@ -11,7 +11,10 @@ use signet_ebpf::abi::Mode;
 use tokio::sync::watch;
 
 use crate::{
-    cluster::model::{Pod, Problem, World},
+    cluster::{
+        builtins::Builtins,
+        model::{Pod, Problem, World},
+    },
     policy::model::Policy,
     spiffe::SpiffeId,
 };
@@ -36,6 +39,8 @@ pub struct NodeState {
     pub enforcement: u8,
     /// Namespaces whose pods are never refused anything, besides kube-system.
     pub never_deny: BTreeSet<Arc<str>>,
+    /// What passes without a policy.
+    pub builtins: Builtins,
     /// The world it was planned from.
     pub world: Arc<World>,
     /// Registered endpoints by network namespace cookie.
@@ -102,6 +107,7 @@ impl NodeState {
             node,
             enforcement: signet_ebpf::abi::enforcement::ENFORCE,
             never_deny: BTreeSet::new(),
+            builtins: Builtins::default(),
             world,
             endpoints: HashMap::new(),
             waiting: Vec::new(),

@@ -83,7 +83,9 @@ impl CompileError {
 pub fn compile(input: &CompileInput<'_>) -> Result<Vec<PolicyEntry>, CompileError> {
     let mut out = Rows { entries: Vec::new(), limit: input.max_entries };
     for direction in [Direction::Ingress, Direction::Egress] {
-        if input.default_deny || input.policies.iter().any(|p| p.governs(direction)) {
+        // A built-in allows what is allowed anyway where nothing else speaks.
+        let mut speaking = input.policies.iter().filter(|p| !p.builtin);
+        if input.default_deny || speaking.any(|p| p.governs(direction)) {
             compile_direction(input, direction, &mut out)?;
         }
     }

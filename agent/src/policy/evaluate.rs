@@ -22,6 +22,11 @@
 //! comes in only where an ALLOW names its domain. An alias of our own domain is our own, in
 //! identities as in patterns.
 //!
+//! # Built-ins
+//!
+//! A built-in is an ALLOW that is asked last: for a flow that no DENY refuses and that nothing
+//! else lets pass. It selects nothing, so what is open by default stays open beside it.
+//!
 //! # Dry run
 //!
 //! A policy in dry run decides nothing. Where the flow passes, and would not if the dry runs
@@ -121,7 +126,7 @@ fn decide<'a>(
     with_dry_runs: bool,
 ) -> (Reason, Option<&'a Arc<Policy>>) {
     let of = |action: Action| {
-        governing(policies, facts, with_dry_runs).filter(move |p| p.action == action)
+        governing(policies, facts, with_dry_runs).filter(move |p| p.action == action && !p.builtin)
     };
     // The first that denies for what it says, not for what is not understood of it.
     let mut unsure = None;
@@ -138,10 +143,31 @@ fn decide<'a>(
     if let Some(allow) = of(Action::Allow).find(|p| policy_matches(p, facts)) {
         return (Reason::Allowed, Some(allow));
     }
-    if let Some(first) = of(Action::Allow).find(|p| p.is_evaluable(facts.direction)) {
-        return (Reason::PolicyNoMatch, Some(first));
+    let refusal = refusal_of_none(of(Action::Allow), default_deny, facts);
+    if refusal.0 == Reason::Allowed {
+        return refusal;
     }
-    if let Some(broken) = of(Action::Allow).next() {
+    let mut builtins = governing(policies, facts, with_dry_runs).filter(|p| p.builtin);
+    match builtins.find(|p| policy_matches(p, facts)) {
+        Some(builtin) => (Reason::Allowed, Some(builtin)),
+        None => refusal,
+    }
+}
+
+/// What becomes of a flow that no policy denies and none of `allows` matches.
+fn refusal_of_none<'a>(
+    allows: impl Iterator<Item = &'a Arc<Policy>>,
+    default_deny: bool,
+    facts: &FlowFacts<'_>,
+) -> (Reason, Option<&'a Arc<Policy>>) {
+    let mut broken = None;
+    for allow in allows {
+        if allow.is_evaluable(facts.direction) {
+            return (Reason::PolicyNoMatch, Some(allow));
+        }
+        broken = broken.or(Some(allow));
+    }
+    if let Some(broken) = broken {
         return (Reason::PolicyUnsupported, Some(broken));
     }
     // Whom a pod may dial in another domain is said by the cluster's remote peers; who may

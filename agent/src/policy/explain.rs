@@ -89,7 +89,9 @@ fn sentence(
     facts: &FlowFacts<'_>,
 ) -> String {
     let by = outcome.policy.as_ref().map(|policy| short(&policy.name));
-    let enforced = || steps.iter().map(|step| &step.policy).filter(|policy| !policy.dry_run);
+    let is_builtin = outcome.policy.as_ref().is_some_and(|policy| policy.builtin);
+    let counts = |policy: &&Arc<Policy>| !policy.dry_run && !policy.builtin;
+    let enforced = || steps.iter().map(|step| &step.policy).filter(counts);
     let allows = || enforced().filter(|policy| policy.action == Action::Allow);
     let mut sentence = match (outcome.reason, by) {
         (Reason::PolicyDeny, Some(by)) => format!("explicitly denied by {by}"),
@@ -102,6 +104,9 @@ fn sentence(
         }
         (Reason::PolicyNoMatch, None) => {
             format!("{} is of a foreign trust domain that no ALLOW names", peer(facts))
+        }
+        (Reason::Allowed, Some(by)) if is_builtin => {
+            format!("nothing else allows it, but the built-in {by} does")
         }
         (Reason::Allowed, Some(by)) => format!("allowed by {by}"),
         (Reason::Allowed, None) if enforced().next().is_none() => {

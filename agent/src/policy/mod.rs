@@ -1,5 +1,6 @@
 //! Policies: sources to one model, evaluation, compilation for the kernel.
 
+pub mod builtin;
 pub mod compile;
 pub mod evaluate;
 pub mod explain;

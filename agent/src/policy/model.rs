@@ -45,7 +45,8 @@ pub enum Action {
 /// A policy's name and kind, as shown to people: `IdentityPolicy/shop/payments-callers`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct PolicyName {
-    /// `IdentityPolicy`, `ClusterIdentityPolicy`, `AuthorizationPolicy`, `PeerAuthentication`.
+    /// `IdentityPolicy`, `ClusterIdentityPolicy`, `AuthorizationPolicy`, `PeerAuthentication`,
+    /// `Builtin`.
     pub kind: Arc<str>,
     /// Namespace; empty for cluster-wide ones.
     pub namespace: Arc<str>,
@@ -82,6 +83,9 @@ pub struct Policy {
     pub governs_egress: bool,
     /// Istio's dry run: what it would refuse is reported as AUDIT, nothing is enforced.
     pub dry_run: bool,
+    /// A built-in ALLOW ([`super::builtin`]): it is asked last, for what nothing else lets
+    /// pass, and does not make its direction governed.
+    pub builtin: bool,
     /// Why the policy as a whole cannot be evaluated: then it fails closed, whatever its
     /// rules say. What only one rule has is in [`Rule::unsupported`].
     pub unsupported: Vec<String>,
@@ -101,6 +105,7 @@ impl Policy {
             governs_ingress: false,
             governs_egress: false,
             dry_run: false,
+            builtin: false,
             unsupported: Vec::new(),
             remarks: Vec::new(),
         }

@@ -7,6 +7,7 @@ mod agent_dead;
 mod agreement;
 mod authority;
 mod bad_input;
+mod builtins;
 mod bypass;
 mod core;
 mod federation;

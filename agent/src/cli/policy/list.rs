@@ -9,6 +9,7 @@ use crate::{
         status::Output,
         table::{Table, printable},
     },
+    policy::builtin,
     proto::admin::{
         Condition, ListPoliciesRequest, ListPoliciesResponse, PolicyInForce,
         admin_client::AdminClient,
@@ -23,7 +24,7 @@ Examples:
   signet policy list -n shop -o json
 
 PODS are this node's pods that a policy is about; HITS are verdicts that it decided or audited since
-the agent's start.")]
+the agent's start. Built-ins pass without a policy; the configuration key builtins removes them.")]
 pub struct ListArgs {
     #[command(flatten)]
     sockets: SocketArgs,
@@ -71,6 +72,7 @@ fn text_of(answers: &[ListPoliciesResponse]) -> String {
     let head = ["NODE", "POLICY", "ACTION", "DIRECTION", "SELECTS", "PODS", "HITS", "ACCEPTED"];
     let mut rows = vec![head.map(String::from).to_vec()];
     let mut said = Vec::new();
+    let mut builtins = Vec::new();
     for answer in answers {
         for policy in &answer.policies {
             let accepted = policy.conditions.iter().find(|c| c.r#type == "Accepted");
@@ -88,6 +90,8 @@ fn text_of(answers: &[ListPoliciesResponse]) -> String {
             if let Some(condition) = accepted.filter(|c| c.reason != "Accepted") {
                 let line = format!("  {}: {}", name_of(policy), condition.message);
                 let line = printable(&line);
+                let is_builtin = policy.kind == builtin::KIND;
+                let said = if is_builtin { &mut builtins } else { &mut said };
                 if !said.contains(&line) {
                     said.push(line);
                 }
@@ -95,6 +99,10 @@ fn text_of(answers: &[ListPoliciesResponse]) -> String {
         }
     }
     let mut lines = Table::plain(&rows);
+    if !builtins.is_empty() {
+        lines.push("Built-ins".into());
+        lines.extend(builtins);
+    }
     if !said.is_empty() {
         lines.push("Problems".into());
         lines.extend(said);

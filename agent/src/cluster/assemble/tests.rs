@@ -81,6 +81,7 @@ fn targets(slices: Vec<SliceFacts>, port: usize) -> Vec<(String, u16)> {
         name: name("web"),
         cluster_ips: vec!["10.96.0.1".parse().unwrap()],
         ports: vec![("http".into(), 80, 6), ("admin".into(), 81, 6)],
+        is_resolver: false,
     };
     let objects = Objects {
         services: vec![Arc::new(service)],

@@ -24,7 +24,10 @@ use super::{
     tables::Tables,
 };
 use crate::{
-    cluster::model::{ObjectName, Pod, PodUid, Problem, World},
+    cluster::{
+        builtins::Builtins,
+        model::{ObjectName, Pod, PodUid, Problem, World},
+    },
     policy::{compile::PolicyEntry, model::Policy},
     spiffe::SpiffeId,
 };
@@ -48,6 +51,8 @@ pub struct Params {
     pub never_deny: BTreeSet<Arc<str>>,
     /// Pods (`namespace/name`) that an operator has released: left alone whatever they ask for.
     pub released: BTreeSet<Arc<str>>,
+    /// What passes without a policy.
+    pub builtins: Builtins,
     /// How long an un-enrolled pod may go on serving.
     pub unenrol_grace: Duration,
     /// How long plaintext flows of a pod that turned strict may go on.
@@ -208,7 +213,7 @@ fn is_spared(namespace: &Arc<str>, never_deny: &BTreeSet<Arc<str>>) -> bool {
 /// Makes the plan.
 pub fn plan(input: &Input<'_>, numbers: &mut Numbers) -> Plan {
     let mut planner = Planner::new(input);
-    numbers.policies.update(&input.world.policies);
+    numbers.policies.update(&input.world.policies, &planner.builtins);
     planner.node_wide();
     planner.endpoints(numbers);
     planner.addresses(numbers);
@@ -218,6 +223,7 @@ pub fn plan(input: &Input<'_>, numbers: &mut Numbers) -> Plan {
 
 struct Planner<'a> {
     input: &'a Input<'a>,
+    builtins: Vec<Arc<Policy>>,
     tables: Tables,
     keep: BTreeSet<u64>,
     memory: Memory,
@@ -238,6 +244,7 @@ impl<'a> Planner<'a> {
     fn new(input: &'a Input<'a>) -> Self {
         Self {
             input,
+            builtins: input.params.builtins.policies(input.world),
             tables: Tables::default(),
             keep: BTreeSet::new(),
             memory: Memory::new(),
@@ -343,8 +350,12 @@ impl<'a> Planner<'a> {
         let ports = found.listeners.unwrap_or_default();
         let namespace = self.input.world.namespaces.get(&pod.name.namespace);
         let judged = phase.is_judged() && mode != Mode::Off;
-        let policies: Arc<[Arc<Policy>]> =
-            if judged { self.input.world.policies_of(pod).into() } else { Arc::default() };
+        let policies: Arc<[Arc<Policy>]> = if judged {
+            let own = self.input.world.policies_of(pod);
+            own.into_iter().chain(self.builtins.iter().cloned()).collect()
+        } else {
+            Arc::default()
+        };
         self.own_rows(pod, found, netns, mode, phase, number, ports);
         let raw_guard = self.guard(pod, found, mode);
         if judged {
@@ -577,6 +588,7 @@ impl<'a> Planner<'a> {
             node: self.input.params.node.clone(),
             enforcement: self.input.params.config.enforcement,
             never_deny: self.input.params.never_deny.clone(),
+            builtins: self.input.params.builtins.clone(),
             world,
             endpoints: self.endpoints.into_iter().map(|(n, e)| (n, Arc::new(e))).collect(),
             waiting: self.waiting,

@@ -8,7 +8,7 @@ use signet_ebpf::abi::{
 };
 
 use super::Planner;
-use crate::cluster::model::Problem;
+use crate::{cluster::model::Problem, config::values::Builtin};
 
 impl Planner<'_> {
     /// Configuration, ranges, Services, nodes and probes.
@@ -80,7 +80,9 @@ impl Planner<'_> {
                 }
             }
         }
-        self.tables.probes = self.input.observed.probes.iter().map(|id| (*id, 1)).collect();
+        if self.input.params.builtins.has(Builtin::KubeletProbes) {
+            self.tables.probes = self.input.observed.probes.iter().map(|id| (*id, 1)).collect();
+        }
         for map in self.input.full {
             self.problems.push(Problem {
                 subject: format!("BPF map {map}"),

@@ -45,6 +45,7 @@ impl Scene {
                 },
                 never_deny: BTreeSet::new(),
                 released: BTreeSet::new(),
+                builtins: Builtins::default(),
                 unenrol_grace: Duration::from_secs(60),
                 strict_grace: Duration::from_secs(600),
             },
@@ -476,6 +477,7 @@ fn services_ranges_nodes_and_exempt_ports_are_written() {
             port(82, vec![endpoint("10.0.2.9")]),
             port(83, vec![endpoint("fd00::9")]),
         ],
+        is_resolver: false,
     };
     scene.world.services.insert(name, Arc::new(service));
     let tables = scene.plan().tables;

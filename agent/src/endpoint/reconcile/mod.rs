@@ -36,7 +36,10 @@ use super::{
     tables::Tables,
 };
 use crate::{
-    cluster::model::{Override, Pod, PodUid, Problem, World},
+    cluster::{
+        builtins::Builtins,
+        model::{Override, Pod, PodUid, Problem, World},
+    },
     config::AgentConfig,
     kernel::{KernelError, Maps, Programs},
     netns::NetnsOpener,
@@ -539,6 +542,10 @@ fn params(config: &AgentConfig, programs: &Programs, workloads_level: u32) -> Pa
         guard_ahead: !programs.features().has(crate::kernel::features::Feature::Tcx),
         never_deny: config.never_deny.iter().map(|n| n.as_str().into()).collect(),
         released: BTreeSet::new(),
+        builtins: Builtins {
+            in_force: config.builtins.clone(),
+            resolvers: config.dns_resolvers.clone(),
+        },
         unenrol_grace: config.unenrol_grace,
         strict_grace: config.strict_grace,
     }

@@ -8,6 +8,7 @@ use super::{
 };
 use crate::{
     cluster::model::Problem,
+    config::values::Builtin,
     kernel::{clock, features::Features},
 };
 
@@ -83,7 +84,9 @@ impl Reconciler {
             message: message.clone(),
         };
         let mut problems = self.failures.clone();
-        problems.extend(self.probes.problems.iter().map(|p| problem("probes", p)));
+        if self.deps.config.borrow().builtins.contains(&Builtin::KubeletProbes) {
+            problems.extend(self.probes.problems.iter().map(|p| problem("probes", p)));
+        }
         problems.extend(programs.warnings().iter().map(|w| problem("programs", w)));
         problems.extend(self.released.problems());
         problems.extend(self.announce_failed.iter().map(|e| problem("board", e)));

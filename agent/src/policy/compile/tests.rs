@@ -231,7 +231,7 @@ fn policies() -> impl Strategy<Value = Vec<Arc<Policy>>> {
     let unsupported = prop_oneof![9 => Just(vec![]), 1 => Just(vec!["x".to_owned()])];
     let rules = || option::of(vec(rule(), 0..3));
     let one = (action, rules(), rules(), unsupported, prop::bool::weighted(0.15));
-    vec(one, 0..4).prop_map(|all| {
+    (vec(one, 0..4), option::of(builtin())).prop_map(|(all, builtin)| {
         let mut policies = Vec::new();
         for (action, ingress, egress, unsupported, dry_run) in all {
             let name = (policies.len() + 1).to_string();
@@ -245,7 +245,17 @@ fn policies() -> impl Strategy<Value = Vec<Arc<Policy>>> {
                 ..blank(&name, action)
             }));
         }
+        policies.extend(builtin.map(Arc::new));
         policies
+    })
+}
+
+/// The DNS built-in over some places; it goes last, as the reconciler has it.
+fn builtin() -> impl Strategy<Value = Policy> {
+    (targets(), vec(addresses(), 0..2)).prop_map(|(targets, addresses)| {
+        let services = if targets.is_empty() { vec![] } else { vec![("a".into(), "b".into())] };
+        let name = PolicyName { kind: "k".into(), namespace: "".into(), name: "9".into() };
+        Policy { name, ..crate::policy::builtin::dns(services, targets, &addresses) }
     })
 }
 

@@ -38,7 +38,12 @@ fn service(world: &mut World, endpoints: &[(&str, bool, bool)]) {
         protocol: proto::TCP,
         endpoints: endpoints.collect(),
     };
-    let service = Service { name: name.clone(), cluster_ips: vec![ip(VIP)], ports: vec![port] };
+    let service = Service {
+        name: name.clone(),
+        cluster_ips: vec![ip(VIP)],
+        ports: vec![port],
+        is_resolver: false,
+    };
     world.services = BTreeMap::from([(name.clone(), service.into())]);
     world.services_by_ip.insert(ip(VIP), name);
 }
