@@ -280,6 +280,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     let any_errno = programs.features().has(features::Feature::SetRetval);
     let (listeners, commands) = mpsc::unbounded_channel();
     let (closed, closed_flows) = mpsc::unbounded_channel();
+    let (surveys, asked) = mpsc::channel(4);
     let (publisher, state) = NodeStatePublisher::new(NodeState::empty(
         config.node.as_str().into(),
         world.borrow().clone(),
@@ -394,7 +395,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         any_errno,
     ));
     let routes = Routes::new(
-        Admin::new(Arc::new(move || picture.take()), log.clone(), edges).into_service(),
+        Admin::new(Arc::new(move || picture.take()), log.clone(), edges, surveys).into_service(),
     )
     .add_service(
         Observer::new(log, config.node.as_str().into(), domain.as_str().into()).into_service(),
@@ -404,7 +405,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     let mut serving = tokio::spawn(socket.serve(routes, ended.clone().cancelled_owned()));
     let mut serving_workloads = tokio::spawn(workload_api.serve(ended.clone().cancelled_owned()));
     let mut recording = tokio::spawn(record_closed(closed_flows, state.clone(), recorder.clone()));
-    let mut reconciling = tokio::spawn(reconcile::run(deps, stop.clone()));
+    let mut reconciling = tokio::spawn(reconcile::run(deps, asked, stop.clone()));
     kernel::memory::keep_giving_back(ended.clone())
         .map_err(start("the thread that gives memory back"))?;
     let (name, location) = (source.name(), source.location());

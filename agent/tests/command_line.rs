@@ -53,7 +53,12 @@ impl Node {
         tokio::spawn(collector.run());
         let log = recorder.log();
         let observer = Observer::new(log.clone(), inputs.node.clone(), "cluster.local".into());
-        let admin = Admin::new(Arc::new(move || inputs.clone()), log, edges);
+        let admin = Admin::new(
+            Arc::new(move || inputs.clone()),
+            log,
+            edges,
+            tokio::sync::mpsc::channel(1).0,
+        );
         let routes = Routes::new(observer.into_service()).add_service(admin.into_service());
         tokio::spawn(async move {
             let routes = routes.add_service(observer::health().await);

@@ -10,6 +10,7 @@ pub mod endpoints;
 pub mod inputs;
 pub mod policies;
 mod probe;
+mod rollout;
 pub mod socket;
 pub mod status;
 pub mod svids;
@@ -18,6 +19,7 @@ use std::{pin::Pin, sync::Arc};
 
 use futures_util::Stream;
 use jiff::Timestamp;
+use tokio::sync::mpsc;
 use tonic::{Request, Response, Status};
 
 pub use self::inputs::{
@@ -25,12 +27,14 @@ pub use self::inputs::{
 };
 use self::policies::Unanswered;
 use crate::{
+    endpoint::reconcile::Survey,
     flow::{Edges, FlowLog},
     proto::admin::{
-        CheckPolicyRequest, CheckPolicyResponse, DiffPoliciesRequest, DiffPoliciesResponse,
-        EndpointsRequest, EndpointsResponse, ListEdgesRequest, ListEdgesResponse,
-        ListPoliciesRequest, ListPoliciesResponse, ListSvidsRequest, ListSvidsResponse,
-        ProbeRequest, ProbeResponse, StatusRequest, StatusResponse,
+        CheckPolicyRequest, CheckPolicyResponse, CheckRolloutRequest, CheckRolloutResponse,
+        DiffPoliciesRequest, DiffPoliciesResponse, EndpointsRequest, EndpointsResponse,
+        ListEdgesRequest, ListEdgesResponse, ListPoliciesRequest, ListPoliciesResponse,
+        ListSvidsRequest, ListSvidsResponse, ProbeRequest, ProbeResponse, StatusRequest,
+        StatusResponse, TranslateNetworkPoliciesRequest, TranslateNetworkPoliciesResponse,
         admin_server::{self, AdminServer},
     },
 };
@@ -44,12 +48,19 @@ pub struct Admin {
     provider: Provider,
     log: FlowLog,
     edges: Edges,
+    surveys: mpsc::Sender<Survey>,
 }
 
 impl Admin {
-    /// An admin service over what `provider` sees, the recent flows and their history.
-    pub fn new(provider: Provider, log: FlowLog, edges: Edges) -> Self {
-        Self { provider, log, edges }
+    /// An admin service over what `provider` sees, the recent flows and their history; `surveys`
+    /// lead to who knows open flows.
+    pub fn new(
+        provider: Provider,
+        log: FlowLog,
+        edges: Edges,
+        surveys: mpsc::Sender<Survey>,
+    ) -> Self {
+        Self { provider, log, edges, surveys }
     }
 
     /// The service, ready to be routed.
@@ -67,7 +78,7 @@ impl Admin {
 
 fn refusal(error: &Unanswered) -> Status {
     match error {
-        Unanswered::Early => Status::unavailable(error.to_string()),
+        Unanswered::Early | Unanswered::Busy(_) => Status::unavailable(error.to_string()),
         Unanswered::Question(_) => Status::invalid_argument(error.to_string()),
         Unanswered::Check(_) => Status::failed_precondition(error.to_string()),
     }
@@ -150,6 +161,27 @@ impl admin_server::Admin for Admin {
     ) -> Result<Response<CheckPolicyResponse>, Status> {
         let inputs = self.inputs().await?;
         policies::answer(&inputs, &request.into_inner())
+            .map(Response::new)
+            .map_err(|error| refusal(&error))
+    }
+
+    async fn check_rollout(
+        &self,
+        request: Request<CheckRolloutRequest>,
+    ) -> Result<Response<CheckRolloutResponse>, Status> {
+        let inputs = self.inputs().await?;
+        rollout::check(&inputs, &self.surveys, &request.into_inner())
+            .await
+            .map(Response::new)
+            .map_err(|error| refusal(&error))
+    }
+
+    async fn translate_network_policies(
+        &self,
+        request: Request<TranslateNetworkPoliciesRequest>,
+    ) -> Result<Response<TranslateNetworkPoliciesResponse>, Status> {
+        let inputs = self.inputs().await?;
+        rollout::translate(&inputs, &request.into_inner().namespace)
             .map(Response::new)
             .map_err(|error| refusal(&error))
     }

@@ -222,6 +222,9 @@ pub enum Unanswered {
     /// There is nothing to answer from yet.
     #[error("the agent has not read the cluster yet")]
     Early,
+    /// It cannot be found out now.
+    #[error("{0}")]
+    Busy(String),
     /// It is about what is not there.
     #[error(transparent)]
     Check(#[from] check::CheckError),

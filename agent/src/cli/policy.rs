@@ -3,6 +3,7 @@
 mod check;
 mod diff;
 mod list;
+mod networkpolicies;
 mod suggest;
 mod validate;
 

@@ -1,6 +1,8 @@
 //! `signet rollout check`: what would break if a namespace went to a stricter mode, by what was
 //! seen of it.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -8,14 +10,17 @@ use super::{
     edges,
     exit::{Exit, Failure, print},
     flows::parse_time,
-    sockets::SocketArgs,
+    sockets::{self, SocketArgs},
     status::Output,
     table::{duration, printable},
 };
 use crate::{
     proto::{
         self,
-        admin::{EdgeEnd, Endpoint, SeenEdge},
+        admin::{
+            CheckRolloutRequest, CheckRolloutResponse, EdgeEnd, Endpoint, SeenEdge,
+            admin_client::AdminClient,
+        },
     },
     telemetry::names,
 };
@@ -35,9 +40,10 @@ Examples:
   signet rollout check shop --to permissive --since 24h -o json
 
 It knows what agents have seen, at most the last seven days: put the namespace into observe
-first, and ask the agents of every node that runs its pods. Exits with 1 when anything would
-break, and when nothing was seen at all. Not looked at: NetworkPolicies that would keep peers
-from port 15008, and flows in clear that are open now.")]
+first, and ask the agents of every node that runs its pods. It also tells the namespace's
+NetworkPolicies that would keep peers from the tunnels' port 15008, and the flows in clear that are
+open now and would be closed. Exits with 1 when anything would break, and when nothing was seen at
+all.")]
 pub struct CheckArgs {
     #[command(flatten)]
     sockets: SocketArgs,
@@ -64,16 +70,29 @@ enum Target {
     Strict,
 }
 
+impl Target {
+    /// As labels have it.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Permissive => "permissive",
+            Self::Strict => "strict",
+        }
+    }
+}
+
 /// Something that would break.
 #[derive(Serialize, PartialEq, Eq, Debug)]
 #[serde(rename_all = "camelCase")]
 struct Finding {
-    /// `plaintext`, `verdict`, `unenforceable`, `waiting` or `unseen`.
+    /// `plaintext`, `verdict`, `unenforceable`, `waiting`, `unseen`, `network-policy`,
+    /// `exempt-ports` or `open-plaintext`.
     kind: &'static str,
-    /// The flow, the pod or the namespace.
+    /// The flow, the pod, the policy or the namespace.
     subject: String,
-    /// What is wrong, and the remedy.
-    message: String,
+    /// What is wrong.
+    text: String,
+    /// What to do about it.
+    remedy: String,
     /// Flows, where it is about some.
     #[serde(skip_serializing_if = "Option::is_none")]
     count: Option<u64>,
@@ -86,7 +105,11 @@ struct Finding {
 pub async fn run(command: RolloutCommand) -> Result<Exit, Failure> {
     let RolloutCommand::Check(args) = command;
     let seen = edges::ask(&args.sockets, &args.namespace, args.since).await?;
-    let findings = check(&args.namespace, args.to, &seen.edges, &seen.pods);
+    let (now, is_complete) = ask_now(&args).await?;
+    let is_complete = is_complete && seen.is_complete;
+    let mut findings = check(&args.namespace, args.to, &seen.edges, &seen.pods, &now);
+    findings.extend(blocking(&now));
+    findings.extend(open_flows(&now));
     let text = match args.output {
         Output::Json => findings
             .iter()
@@ -96,16 +119,116 @@ pub async fn run(command: RolloutCommand) -> Result<Exit, Failure> {
         Output::Text => show(&args, &findings, seen.edges.len(), Timestamp::now()),
     };
     print(&text)?;
-    Ok(match (seen.is_complete, findings.is_empty()) {
+    Ok(match (is_complete, findings.is_empty()) {
         (false, _) => Exit::Unreachable,
         (true, true) => Exit::Done,
         (true, false) => Exit::No,
     })
 }
 
+/// Asks all agents for what is in the way now; false when one did not answer.
+async fn ask_now(args: &CheckArgs) -> Result<(Vec<CheckRolloutResponse>, bool), Failure> {
+    let (agents, mut is_complete) = sockets::connect_all(&args.sockets).await?;
+    let mut answers = Vec::new();
+    for agent in &agents {
+        let mut client = AdminClient::new(agent.channel.clone());
+        let request =
+            CheckRolloutRequest { namespace: args.namespace.clone(), to: args.to.name().into() };
+        match sockets::within_time(agent, client.check_rollout(request)).await {
+            Ok(answer) => answers.push(answer),
+            Err(failure) if agents.len() > 1 && failure.exit == Exit::Unreachable => {
+                anstream::eprintln!("warning: {failure}");
+                is_complete = false;
+            }
+            Err(failure) => return Err(failure),
+        }
+    }
+    Ok((answers, is_complete))
+}
+
+/// Rules of NetworkPolicies in tunnels' way; every agent knows the same ones.
+fn blocking(now: &[CheckRolloutResponse]) -> Vec<Finding> {
+    let rules = now.iter().flat_map(|answer| &answer.blocking);
+    let mut findings: Vec<Finding> = Vec::new();
+    for rule in rules {
+        let finding = Finding {
+            kind: "network-policy",
+            subject: format!("NetworkPolicy {}", rule.policy),
+            text: rule.text.clone(),
+            remedy: rule.remedy.clone(),
+            count: None,
+            last_seen: None,
+        };
+        if !findings.contains(&finding) {
+            findings.push(finding);
+        }
+    }
+    findings
+}
+
+/// Flows in clear that are open, by pod, direction, other side and reason.
+fn open_flows(now: &[CheckRolloutResponse]) -> Vec<Finding> {
+    let mut open: BTreeMap<(String, &str), u64> = BTreeMap::new();
+    for answer in now {
+        let mut told = 0;
+        for flow in &answer.open {
+            let other = match &*flow.remote_pod {
+                "" => host_of(&flow.remote).to_owned(),
+                pod => pod.to_owned(),
+            };
+            let subject = if flow.ingress {
+                format!("{other} -> {}:{}", flow.pod, port_of(&flow.local))
+            } else {
+                format!("{} -> {other}:{}", flow.pod, port_of(&flow.remote))
+            };
+            *open.entry((subject, &flow.reason)).or_default() += 1;
+            told += 1;
+        }
+        if answer.open_total > told {
+            let subject = format!("more on node {}", answer.node);
+            *open.entry((subject, "")).or_default() += answer.open_total - told;
+        }
+    }
+    let finding = |((subject, reason), count): ((String, &str), u64)| Finding {
+        kind: "open-plaintext",
+        subject: printable(&subject),
+        text: match reason {
+            "" => "open in clear, and would be closed".into(),
+            reason => format!("open in clear, and would be closed: {}", printable(reason)),
+        },
+        remedy: "let its client connect again once both ends are enrolled; strict waits for \
+                 strictGrace before it closes such flows"
+            .into(),
+        count: Some(count),
+        last_seen: None,
+    };
+    open.into_iter().map(finding).collect()
+}
+
+/// The address of `10.0.0.1:80` or `[fd00::1]:80`.
+fn host_of(text: &str) -> &str {
+    text.rsplit_once(':').map_or(text, |(host, _)| host.trim_matches(['[', ']']))
+}
+
+fn port_of(text: &str) -> &str {
+    text.rsplit_once(':').map_or("", |(_, port)| port)
+}
+
 /// What would break, most flows first.
-fn check(namespace: &str, to: Target, edges: &[SeenEdge], endpoints: &[Endpoint]) -> Vec<Finding> {
+fn check(
+    namespace: &str,
+    to: Target,
+    edges: &[SeenEdge],
+    endpoints: &[Endpoint],
+    now: &[CheckRolloutResponse],
+) -> Vec<Finding> {
     let mut findings = Vec::new();
+    let exempt: BTreeSet<&str> =
+        now.iter().flat_map(|answer| &answer.exempt_ports).map(String::as_str).collect();
+    let nodes: BTreeSet<&str> =
+        now.iter().flat_map(|answer| &answer.node_networks).map(String::as_str).collect();
+    // Ports that callers need who cannot be enrolled, with those callers.
+    let mut needed: BTreeMap<u32, BTreeSet<String>> = BTreeMap::new();
     for pod in endpoints {
         let kind = match &*pod.state {
             "unenforceable" => "unenforceable",
@@ -115,9 +238,13 @@ fn check(namespace: &str, to: Target, edges: &[SeenEdge], endpoints: &[Endpoint]
         findings.push(Finding {
             kind,
             subject: format!("pod {}/{}", pod.namespace, pod.pod),
-            message: match kind {
+            text: match kind {
                 "waiting" => format!("is not known completely yet: {}", pod.waiting),
                 _ => format!("cannot be enforced and would stay as it is: {}", pod.waiting),
+            },
+            remedy: match kind {
+                "waiting" => "ask again once signet endpoints shows it in its state".into(),
+                _ => "take away what is in the way, or leave the pod out of the namespace".into(),
             },
             count: None,
             last_seen: None,
@@ -141,21 +268,37 @@ fn check(namespace: &str, to: Target, edges: &[SeenEdge], endpoints: &[Endpoint]
         edges_seen += 1;
         let inbound = edge.reporter == "destination";
         let of_policy = edge.reason.starts_with("policy_");
-        let (kind, message) = match &*edge.verdict {
+        let is_exempt =
+            inbound && edge.protocol == 6 && exempt.contains(&*format!("{}/tcp", edge.port));
+        let is_node = nodes.contains(&*source.network);
+        let (kind, text, remedy) = match &*edge.verdict {
             "AUDIT" if to == Target::Strict || of_policy => {
-                ("verdict", format!("would be dropped: {}{}", edge.reason, remedy(edge, source)))
+                if edge.reason == "plaintext_refused" && is_exempt {
+                    continue;
+                }
+                let text = format!("would be dropped: {}", edge.reason);
+                ("verdict", text, remedy(edge, source, is_node))
             }
             "FORWARDED"
                 if to == Target::Strict
                     && inbound
                     && accepts_plaintext
+                    && !is_exempt
                     && edge.via == "plaintext"
                     && edge.protocol == 6 =>
             {
-                ("plaintext", format!("is in clear, which strict refuses{}", plaintext(source)))
+                (
+                    "plaintext",
+                    "is in clear, which strict refuses".into(),
+                    plaintext(source, is_node),
+                )
             }
             _ => continue,
         };
+        let is_plaintext = kind == "plaintext" || edge.reason == "plaintext_refused";
+        if is_plaintext && inbound && !is_node && edge.port != 0 && source.namespace.is_empty() {
+            needed.entry(edge.port).or_default().insert(end(source));
+        }
         about_flows.push(Finding {
             kind,
             subject: format!(
@@ -165,7 +308,8 @@ fn check(namespace: &str, to: Target, edges: &[SeenEdge], endpoints: &[Endpoint]
                 edge.port,
                 names::protocol(u8::try_from(edge.protocol).unwrap_or(u8::MAX))
             ),
-            message,
+            text,
+            remedy,
             count: Some(edge.count),
             last_seen: edge.last_seen.as_ref().and_then(proto::time).map(|t| t.to_string()),
         });
@@ -174,40 +318,74 @@ fn check(namespace: &str, to: Target, edges: &[SeenEdge], endpoints: &[Endpoint]
         findings.push(Finding {
             kind: "unseen",
             subject: format!("namespace {namespace}"),
-            message: "nothing was seen of it, so nothing can be said: label it \
-                      signet.dev/mode=observe and let it do what it does"
-                .into(),
+            text: "nothing was seen of it, so nothing can be said".into(),
+            remedy: "label it signet.dev/mode=observe and let it do what it does".into(),
             count: None,
             last_seen: None,
         });
     }
+    findings.extend(exempt_ports(namespace, &needed, &exempt));
     findings.extend(about_flows);
     findings
 }
 
+/// The annotation under which callers outside of the mesh still come in.
+fn exempt_ports(
+    namespace: &str,
+    needed: &BTreeMap<u32, BTreeSet<String>>,
+    exempt: &BTreeSet<&str>,
+) -> Option<Finding> {
+    if needed.is_empty() {
+        return None;
+    }
+    let callers: BTreeSet<&str> = needed.values().flatten().map(String::as_str).collect();
+    let callers: Vec<&str> = callers.into_iter().collect();
+    let ports: Vec<String> = needed.keys().map(|port| format!("{port}/tcp")).collect();
+    let mut all: BTreeSet<&str> = exempt.clone();
+    all.extend(ports.iter().map(String::as_str));
+    let all: Vec<&str> = all.into_iter().collect();
+    Some(Finding {
+        kind: "exempt-ports",
+        subject: format!("namespace {}", printable(namespace)),
+        text: format!(
+            "callers that are no pods of the cluster reach {} in clear: {}",
+            ports.join(", "),
+            callers.join(", ")
+        ),
+        remedy: format!(
+            "to keep them, annotate the namespace: signet.dev/exempt-inbound-ports: \"{}\"",
+            all.join(",")
+        ),
+        count: None,
+        last_seen: None,
+    })
+}
+
 /// What to do about a flow that observe would not let pass.
-fn remedy(edge: &SeenEdge, source: &EdgeEnd) -> String {
+fn remedy(edge: &SeenEdge, source: &EdgeEnd, is_node: bool) -> String {
     match &*edge.reason {
-        "plaintext_refused" => plaintext(source),
+        "plaintext_refused" => plaintext(source, is_node),
         "identity_unknown" => {
-            "; the address is inside the cluster's ranges and nobody's: see podRanges, \
+            "the address is inside the cluster's ranges and nobody's: see podRanges, \
              serviceRanges and outsideRanges"
                 .into()
         }
-        "policy_no_match" => "; no policy allows it: add a rule if it should be".into(),
-        "policy_deny" => "; a policy denies it".into(),
-        _ => String::new(),
+        "policy_no_match" => "no policy allows it: add a rule if it should be".into(),
+        "policy_deny" => "a policy denies it: change that if it should pass".into(),
+        _ => "see docs/reasons.md".into(),
     }
 }
 
 /// What to do about a caller in clear.
-fn plaintext(source: &EdgeEnd) -> String {
-    if source.namespace.is_empty() {
-        "; the kubelet's own probes pass, for others exempt the port \
-         (signet.dev/exempt-inbound-ports) or take the caller into the mesh"
+fn plaintext(source: &EdgeEnd, is_node: bool) -> String {
+    if !source.namespace.is_empty() {
+        format!("enrol the namespace {} first", printable(&source.namespace))
+    } else if is_node {
+        "a node dials: the kubelet's own probes pass; move others into pods, or exempt the port \
+         (signet.dev/exempt-inbound-ports)"
             .into()
     } else {
-        format!("; enrol the namespace {} first", printable(&source.namespace))
+        "exempt the port (signet.dev/exempt-inbound-ports) or take the caller into the mesh".into()
     }
 }
 
@@ -225,7 +403,8 @@ fn end(end: &EdgeEnd) -> String {
 fn show(args: &CheckArgs, findings: &[Finding], edges: usize, now: Timestamp) -> String {
     let mut text = String::new();
     for finding in findings {
-        let mut line = format!("{}  {}", finding.subject, printable(&finding.message));
+        let said = printable(&format!("{}; {}", finding.text, finding.remedy));
+        let mut line = format!("{}  {said}", finding.subject);
         if let Some(count) = finding.count {
             let ago = finding.last_seen.as_ref().and_then(|t| t.parse::<Timestamp>().ok());
             let ago = ago.map(|t| now.duration_since(t).as_secs().max(0).unsigned_abs());
@@ -235,14 +414,11 @@ fn show(args: &CheckArgs, findings: &[Finding], edges: usize, now: Timestamp) ->
         text.push_str(&line);
         text.push('\n');
     }
-    let to = match args.to {
-        Target::Permissive => "permissive",
-        Target::Strict => "strict",
-    };
+    let to = args.to.name();
     let namespace = printable(&args.namespace);
     text.push_str(&match findings.len() {
         0 => format!("{namespace} can go {to}: none of {edges} kinds of flows seen would break\n"),
-        n => format!("{namespace} to {to}: {n} of what was seen would break\n"),
+        n => format!("{namespace} to {to}: {n} findings of what would break\n"),
     });
     text
 }
@@ -250,6 +426,7 @@ fn show(args: &CheckArgs, findings: &[Finding], edges: usize, now: Timestamp) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::proto::admin::{BlockingRule, OpenFlow};
 
     fn account(namespace: &str, name: &str) -> Option<EdgeEnd> {
         Some(EdgeEnd {
@@ -286,7 +463,7 @@ mod tests {
     }
 
     fn kinds(to: Target, edges: &[SeenEdge], pods: &[Endpoint]) -> Vec<&'static str> {
-        check("shop", to, edges, pods).iter().map(|finding| finding.kind).collect()
+        check("shop", to, edges, pods, &[]).iter().map(|finding| finding.kind).collect()
     }
 
     #[test]
@@ -299,9 +476,9 @@ mod tests {
         assert_eq!(kinds(Target::Strict, &all, &observed), ["verdict", "verdict"]);
         assert_eq!(kinds(Target::Permissive, &all, &observed), ["verdict"], "policies hold there");
         assert!(kinds(Target::Strict, &[passes], &observed).is_empty());
-        let finding = &check("shop", Target::Strict, &[refused], &observed)[0];
+        let finding = &check("shop", Target::Strict, &[refused], &observed, &[])[0];
         assert_eq!(finding.subject, "legacy/cron -> shop/payments:8080 tcp");
-        assert!(finding.message.contains("enrol the namespace legacy first"), "{finding:?}");
+        assert!(finding.remedy.contains("enrol the namespace legacy first"), "{finding:?}");
     }
 
     #[test]
@@ -311,10 +488,23 @@ mod tests {
         probe.source = Some(EdgeEnd { network: "10.0.0.0/24".into(), ..EdgeEnd::default() });
         let edges = [clear.clone(), probe, edge("FORWARDED", "allowed", "mtls")];
         let pods = [pod("permissive", "served")];
-        assert_eq!(kinds(Target::Strict, &edges, &pods), ["plaintext", "plaintext"]);
+        let all = ["exempt-ports", "plaintext", "plaintext"];
+        assert_eq!(kinds(Target::Strict, &edges, &pods), all);
         assert!(kinds(Target::Permissive, &edges, &pods).is_empty());
-        let finding = &check("shop", Target::Strict, &edges[1..2], &pods)[0];
-        assert!(finding.message.contains("exempt-inbound-ports"), "{finding:?}");
+        let now = |exempt: &[&str], nodes: &[&str]| CheckRolloutResponse {
+            exempt_ports: exempt.iter().map(|p| (*p).into()).collect(),
+            node_networks: nodes.iter().map(|n| (*n).into()).collect(),
+            ..CheckRolloutResponse::default()
+        };
+        let of = |now| check("shop", Target::Strict, &edges[1..2], &pods, &[now]);
+        let found = of(now(&["9090/tcp"], &[]));
+        assert_eq!(found[0].kind, "exempt-ports");
+        let line = "signet.dev/exempt-inbound-ports: \"8080/tcp,9090/tcp\"";
+        assert!(found[0].remedy.contains(line), "{found:?}");
+        // A port that is exempt already breaks nothing; a node needs no exemption for probes.
+        assert!(of(now(&["8080/tcp"], &[])).is_empty());
+        let found = of(now(&[], &["10.0.0.0/24"]));
+        assert!(found.len() == 1 && found[0].remedy.contains("own probes pass"), "{found:?}");
         // What the namespace's own pods dial in clear goes on: it is outside the mesh.
         let mut outbound = clear;
         outbound.reporter = "source".into();
@@ -330,7 +520,49 @@ mod tests {
         assert_eq!(kinds(Target::Strict, &seen, &[pod("strict", "waiting")]), ["waiting"]);
         assert_eq!(kinds(Target::Strict, &[], &[pod("off", "off")]), ["unseen"]);
         // What others say of it is not what its own pods would meet.
-        let legacy = check("legacy", Target::Strict, &seen, &[]);
+        let legacy = check("legacy", Target::Strict, &seen, &[], &[]);
         assert_eq!(legacy[0].kind, "unseen");
+    }
+
+    #[test]
+    fn what_is_in_the_way_now_is_told_once_and_counted() {
+        let flow = |remote: &str, pod: &str, ingress: bool| OpenFlow {
+            pod: "shop/payments".into(),
+            local: "10.0.0.1:8080".into(),
+            remote: remote.into(),
+            remote_pod: pod.into(),
+            ingress,
+            reason: "plaintext_refused".into(),
+        };
+        let rule = BlockingRule {
+            policy: "shop/db".into(),
+            text: "lets 80/tcp pass".into(),
+            remedy: "add".into(),
+        };
+        let answer = CheckRolloutResponse {
+            node: "node-1".into(),
+            blocking: vec![rule],
+            open: vec![
+                flow("10.0.0.9:40000", "legacy/cron", true),
+                flow("10.0.0.9:40001", "legacy/cron", true),
+                flow("[fd00::9]:40001", "", true),
+                flow("10.0.0.9:9000", "legacy/cron", false),
+            ],
+            open_total: 7,
+            ..CheckRolloutResponse::default()
+        };
+        let both = [answer.clone(), CheckRolloutResponse { open: vec![], open_total: 0, ..answer }];
+        assert_eq!(blocking(&both).len(), 1, "every agent knows it");
+        let found = open_flows(&both);
+        let subjects: Vec<_> = found.iter().map(|f| (&*f.subject, f.count)).collect();
+        assert_eq!(
+            subjects,
+            [
+                ("fd00::9 -> shop/payments:8080", Some(1)),
+                ("legacy/cron -> shop/payments:8080", Some(2)),
+                ("more on node node-1", Some(3)),
+                ("shop/payments -> legacy/cron:9000", Some(1)),
+            ]
+        );
     }
 }

@@ -96,6 +96,8 @@ impl Assembler {
         let mut policies: Vec<_> =
             around.policies.into_iter().map(|policy| with_targets(policy, &services)).collect();
         policies.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut network_policies = objects.network_policies.clone();
+        network_policies.sort_by(|a, b| a.name.cmp(&b.name));
         problems.sort_by(|a, b| (&a.subject, &a.message).cmp(&(&b.subject, &b.message)));
         problems.dedup();
         World {
@@ -117,6 +119,7 @@ impl Assembler {
                 .collect(),
             policies: Arc::new(PolicySet { policies, carried }),
             peer_authentications,
+            network_policies,
             enforcement: around.enforcement,
             ranges: ranges(around.ranges, objects),
             federation: around.federation,

@@ -24,6 +24,7 @@ impl Collected {
             Object::Slice(_, o) => objects.slices.push(o.clone()),
             Object::Node(o) => objects.nodes.push(o.clone()),
             Object::Ranges(o) => objects.ranges.push(o.clone()),
+            Object::NetworkPolicy(o) => objects.network_policies.push(o.clone()),
             Object::Policy(o) => self.policies.push(o.clone()),
             Object::PeerAuthentication(o) => self.peer_authentications.push(o.clone()),
         }

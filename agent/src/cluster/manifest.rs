@@ -6,11 +6,13 @@ use ipnet::IpNet;
 use k8s_openapi::api::{
     core::v1::{Namespace, Node as KubeNode, Pod, Service, ServiceAccount},
     discovery::v1::EndpointSlice,
+    networking::v1::NetworkPolicy as KubeNetworkPolicy,
 };
 
 use super::{
     model::{ObjectName, Ranges},
     modes::{LabelFault, check_namespace, check_pod},
+    network_policy::NetworkPolicy,
     objects::{
         NamespaceFacts, NodeFacts, ObjectFault, PodFacts, RangeFacts, ServiceFacts, SliceFacts,
         object_name,
@@ -48,6 +50,8 @@ pub enum Object {
     Node(Arc<NodeFacts>),
     /// A ServiceCIDR or Calico's IPPool.
     Ranges(Arc<RangeFacts>),
+    /// A NetworkPolicy.
+    NetworkPolicy(Arc<NetworkPolicy>),
     /// A policy, native or Istio's.
     Policy(Arc<Policy>),
     /// Istio's word on plaintext.
@@ -74,6 +78,9 @@ impl Object {
             Self::Slice(name, _) => ("EndpointSlice", name.namespace.clone(), name.name.clone()),
             Self::Node(o) => ("Node", empty(), o.name.clone()),
             Self::Ranges(o) => (&o.name.0, empty(), o.name.1.clone()),
+            Self::NetworkPolicy(o) => {
+                ("NetworkPolicy", o.name.namespace.clone(), o.name.name.clone())
+            }
             Self::Policy(o) => (&o.name.kind, o.name.namespace.clone(), o.name.name.clone()),
             Self::PeerAuthentication(o) => {
                 (&o.name.kind, o.name.namespace.clone(), o.name.name.clone())
@@ -243,6 +250,10 @@ fn read_object(
         (version, "IPPool") if version.starts_with("crd.projectcalico.org/") => {
             let pods = declared_ranges(document, "cidr")?;
             Object::Ranges(range_facts(document, kind, pods, Vec::new())?)
+        }
+        ("networking.k8s.io/v1", "NetworkPolicy") => {
+            let object: KubeNetworkPolicy = document.deserialize_into()?;
+            Object::NetworkPolicy(Arc::new(NetworkPolicy::read(&object).map_err(at)?))
         }
         (version, istio::AUTHORIZATION_POLICY) if version.starts_with(istio::GROUP) => {
             Object::Policy(Arc::new(istio::read_authorization(document, root)?))

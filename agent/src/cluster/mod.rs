@@ -4,17 +4,19 @@
 //! change; [`manifest`] reads one file, [`objects`] takes from each object what matters,
 //! [`assemble`] joins them, whatever their source; [`modes`] are the rules of labels,
 //! [`plaintext`] those of PeerAuthentications; [`offline`] reads manifests once;
-//! [`enrolment`] says who is served, [`builtins`] what passes without a policy.
+//! [`enrolment`] says who is served, [`builtins`] what passes without a policy,
+//! [`network_policy`] reads what is not ours to enforce but in tunnels' way.
 
 pub mod assemble;
-mod collected;
 pub mod builtins;
+mod collected;
 pub mod enrolment;
 pub mod files;
 pub mod kubernetes;
 pub mod manifest;
 pub mod model;
 pub mod modes;
+pub mod network_policy;
 pub mod objects;
 pub mod offline;
 pub mod plaintext;

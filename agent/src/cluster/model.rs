@@ -12,6 +12,7 @@ use std::{
 use ipnet::IpNet;
 use signet_ebpf::abi::Mode;
 
+use super::network_policy::NetworkPolicy;
 use crate::{
     config::values::Enforcement,
     policy::{
@@ -60,6 +61,8 @@ pub struct World {
     /// PeerAuthentications by name, each with what became of it; pods' modes, exempt and strict
     /// ports already follow them.
     pub peer_authentications: Vec<Arc<PeerAuthentication>>,
+    /// Kubernetes' own policies, by name: not enforced here, but in the way of tunnels.
+    pub network_policies: Vec<Arc<NetworkPolicy>>,
     /// What overrides modes and policies.
     pub enforcement: Override,
     /// The cluster's address ranges.
@@ -89,6 +92,7 @@ impl World {
             nodes: BTreeMap::new(),
             policies: Arc::default(),
             peer_authentications: Vec::new(),
+            network_policies: Vec::new(),
             enforcement: Override::Absent,
             ranges: Ranges::default(),
             federation: Arc::default(),
@@ -112,6 +116,7 @@ impl World {
             nodes,
             policies,
             peer_authentications,
+            network_policies,
             enforcement,
             ranges,
             federation,
@@ -129,6 +134,7 @@ impl World {
             && *nodes == other.nodes
             && *policies == other.policies
             && *peer_authentications == other.peer_authentications
+            && *network_policies == other.network_policies
             && *enforcement == other.enforcement
             && *ranges == other.ranges
             && *federation == other.federation
@@ -184,6 +190,8 @@ pub struct Namespace {
     pub default_deny: bool,
     /// Annotation `signet.dev/exempt-inbound-ports`.
     pub exempt_ports: Arc<[ExemptPort]>,
+    /// All of its labels.
+    pub labels: BTreeMap<Arc<str>, Arc<str>>,
 }
 
 /// A port on which plaintext is accepted in `strict`.
@@ -242,6 +250,11 @@ impl Pod {
     /// True when its desired mode enrols it (permissive or strict, enforceable, not host network).
     pub fn is_enrolled(&self) -> bool {
         self.mode.is_enforced() && self.is_enrollable()
+    }
+
+    /// True when it would be enrolled if its mode were this one.
+    pub fn is_enrollable_in(&self, mode: Mode) -> bool {
+        mode.is_enforced() && self.unenforceable.is_none() && !self.host_network && !self.finished
     }
 
     /// True when Signet could enrol it: in some mode, enforceable, with its own network.

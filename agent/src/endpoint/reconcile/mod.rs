@@ -7,6 +7,7 @@
 mod closing;
 mod listening;
 mod pulse;
+mod surveying;
 mod upkeep;
 mod waking;
 
@@ -21,6 +22,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 pub use self::pulse::Pulse;
+pub use self::surveying::{Survey, Surveyed};
 use self::waking::{Wake, Woken};
 use super::{
     apply,
@@ -141,16 +143,27 @@ pub enum ReconcileError {
 ///
 /// # Errors
 /// [`ReconcileError`]: the process should end with it.
-pub async fn run(deps: Deps, stop: CancellationToken) -> Result<(), ReconcileError> {
+pub async fn run(
+    deps: Deps,
+    surveys: mpsc::Receiver<Survey>,
+    stop: CancellationToken,
+) -> Result<(), ReconcileError> {
     let mut task = Reconciler::start(deps)?;
-    let mut wake = Wake::new(&task);
+    let mut wake = Wake::new(&task, surveys);
     loop {
-        let waited = wake.wait(&task, &stop).await?;
-        if waited == Woken::Stop {
-            task.unannounce();
-            return Ok(());
-        }
-        task.turn(waited == Woken::Changed).await?;
+        let changed = match wake.wait(&task, &stop).await? {
+            Woken::Stop => {
+                task.unannounce();
+                return Ok(());
+            }
+            Woken::Asked(survey) => {
+                task.survey(survey).await;
+                false
+            }
+            Woken::Changed => true,
+            Woken::Time => false,
+        };
+        task.turn(changed).await?;
         task.deps.pulse.turned();
     }
 }

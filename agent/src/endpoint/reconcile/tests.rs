@@ -107,7 +107,7 @@ impl Node {
             report: watch::channel(KernelReport::default()).0,
             pulse: Pulse::default(),
         };
-        let task = tokio::spawn(run(deps, stop.clone()));
+        let task = tokio::spawn(run(deps, mpsc::channel(1).1, stop.clone()));
         Self {
             world: world_sender,
             _config: config_sender,

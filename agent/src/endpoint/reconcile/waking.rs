@@ -5,10 +5,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::{super::watcher::DirectoryWatcher, ReconcileError, Reconciler};
+use super::{super::watcher::DirectoryWatcher, ReconcileError, Reconciler, Survey};
 use crate::{cluster::model::World, config::AgentConfig};
 
 /// How often the task turns at least: within the time that the heartbeat allows.
@@ -17,8 +17,10 @@ const TURN: Duration = Duration::from_millis(500);
 const TURN_WAITING: Duration = Duration::from_millis(20);
 
 /// What woke the task.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Debug)]
 pub(super) enum Woken {
+    /// Somebody asks.
+    Asked(Survey),
     /// The world, the configuration or an SVID changed.
     Changed,
     /// Time passed, or a directory was made.
@@ -33,10 +35,11 @@ pub(super) struct Wake {
     config: watch::Receiver<Arc<AgentConfig>>,
     svids: watch::Receiver<u64>,
     directories: DirectoryWatcher,
+    surveys: mpsc::Receiver<Survey>,
 }
 
 impl Wake {
-    pub(super) fn new(task: &Reconciler) -> Self {
+    pub(super) fn new(task: &Reconciler, surveys: mpsc::Receiver<Survey>) -> Self {
         let mut world = task.deps.world.clone();
         world.mark_changed();
         Self {
@@ -44,6 +47,7 @@ impl Wake {
             config: task.deps.config.clone(),
             svids: task.deps.svids.subscribe(),
             directories: DirectoryWatcher::new(&task.deps.programs.workloads().path),
+            surveys,
         }
     }
 
@@ -65,6 +69,7 @@ impl Wake {
             Ok(()) = self.config.changed() => Ok(Woken::Changed),
             Ok(()) = self.svids.changed() => Ok(Woken::Changed),
             () = self.directories.made() => Ok(Woken::Time),
+            Some(survey) = self.surveys.recv() => Ok(Woken::Asked(survey)),
             () = tokio::time::sleep_until(next.into()) => Ok(Woken::Time),
         }
     }

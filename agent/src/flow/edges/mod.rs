@@ -88,7 +88,7 @@ impl fmt::Display for End {
 }
 
 /// The network that stands for an address.
-fn network_of(ip: IpAddr) -> IpNet {
+pub fn network_of(ip: IpAddr) -> IpNet {
     let ip = ip.to_canonical();
     let len = if ip.is_ipv4() { 24 } else { 64 };
     IpNet::new(ip, len).map_or_else(|_| IpNet::from(ip), |net| net.trunc())

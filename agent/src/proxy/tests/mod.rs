@@ -171,6 +171,7 @@ pub(super) fn world(revision: u64, pods: &[Arc<Pod>], served: &[&Arc<Pod>]) -> W
         nodes: BTreeMap::new(),
         policies: Arc::new(PolicySet::default()),
         peer_authentications: Vec::new(),
+        network_policies: Vec::new(),
         enforcement: Override::Absent,
         ranges: Ranges {
             pods: vec!["10.77.0.0/16".parse().unwrap()],

@@ -8,6 +8,7 @@ use signet_lab::{
     agent::Agent,
     cluster_dir::{ObjectKey, to_yaml},
     eventually,
+    traffic::{Role, roles::Hold},
 };
 
 use crate::mesh::{
@@ -46,13 +47,13 @@ fn a_rollout_is_checked_by_what_was_seen_and_survives_a_restart() -> Result<()> 
                 let (code, findings) = check(agent, "shop", "strict")?;
                 ensure!(code == 1 && findings.len() == 1, "{code}: {findings:?}");
                 let finding = &findings[0];
-                let message = finding["message"].as_str().unwrap_or_default();
+                let said = |field: &str| finding[field].as_str().unwrap_or_default();
                 ensure!(
                     finding["subject"] == format!("legacy/default -> shop/payments:{TCP} tcp")
                         && finding["kind"] == "verdict"
                         && finding["count"] == 3
-                        && message.contains("plaintext_refused")
-                        && message.contains("enrol the namespace legacy first"),
+                        && said("text").contains("plaintext_refused")
+                        && said("remedy").contains("enrol the namespace legacy first"),
                     "{finding}"
                 );
                 Ok(Some(()))
@@ -212,6 +213,103 @@ fn a_diff_names_exactly_the_flows_that_then_change() -> Result<()> {
         let file = written("namespace.yaml", namespace)?;
         let refused = agent.cli(&["policy", "diff", "-f", &file])?;
         ensure!(refused.code() == 3 && refused.stderr.contains("namespace.yaml:1"), "{refused:?}");
+        Ok(())
+    })
+}
+
+/// A NetworkPolicy of payments: the frontend's pods may dial its TCP port, and these.
+fn network_policy(more: &str) -> String {
+    format!(
+        "apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {{name: payments, namespace: shop}}
+spec:
+  podSelector: {{matchLabels: {{app: payments}}}}
+  ingress:
+  - from: [{{podSelector: {{matchLabels: {{app: frontend}}}}}}]
+    ports: [{{port: {TCP}}}{more}]
+"
+    )
+}
+
+#[test]
+fn network_policies_and_open_flows_in_the_way_are_told_and_translated() -> Result<()> {
+    let mesh = Mesh::start(Some("observe"))?;
+    with_logs(&mesh, |mesh| {
+        let Mesh { lab, frontend, intruder, payments, reports, .. } = mesh;
+        let (agent, cluster) = (lab.agent("node-2")?, lab.cluster());
+        let to = payments.at(TCP);
+        let of = |to: &str, kind: &str| -> Result<Vec<Value>> {
+            let (_, findings) = check(agent, "shop", to)?;
+            Ok(findings.into_iter().filter(|finding| finding["kind"] == kind).collect())
+        };
+        // Nothing is open yet, and nothing in the way: the control.
+        ensure!(of("strict", "open-plaintext")?.is_empty());
+        ensure!(of("strict", "network-policy")?.is_empty());
+        let hold = Hold { to, count: 3, ..Hold::default() };
+        let holding = reports.start(&Role::Hold(hold))?;
+        eventually("the flows in clear are counted", TIMEOUT, || {
+            let open = of("strict", "open-plaintext")?;
+            ensure!(
+                open.len() == 1
+                    && open[0]["count"] == 3
+                    && open[0]["subject"] == format!("legacy/reports -> shop/payments:{TCP}"),
+                "{open:?}"
+            );
+            Ok(Some(()))
+        })?;
+        ensure!(of("permissive", "open-plaintext")?.is_empty(), "permissive takes them");
+        drop(holding);
+        eventually("they are gone", TIMEOUT, || {
+            Ok(of("strict", "open-plaintext")?.is_empty().then_some(()))
+        })?;
+
+        cluster.apply_yaml(&network_policy(""))?;
+        for to in ["permissive", "strict"] {
+            eventually("the NetworkPolicy is told", TIMEOUT, || {
+                let found = of(to, "network-policy")?;
+                let [found] = found.as_slice() else { return Ok(None) };
+                let remedy = found["remedy"].as_str().unwrap_or_default();
+                let wanted = "NetworkPolicy shop/payments: {port: 15008, protocol: TCP}";
+                ensure!(remedy.ends_with(wanted), "{found}");
+                Ok(Some(()))
+            })?;
+        }
+        let (code, _) = check(agent, "shop", "permissive")?;
+        ensure!(code == 1, "{code}");
+        // What the remedy says heals it.
+        cluster.apply_yaml(&network_policy(", {port: 15008, protocol: TCP}"))?;
+        eventually("nothing is in the way", TIMEOUT, || {
+            Ok(of("strict", "network-policy")?.is_empty().then_some(()))
+        })?;
+
+        // What it says in labels, as identities: it applies, and means the same.
+        cluster.set_mode("shop", Some("strict"))?;
+        for pod in [frontend, intruder, payments] {
+            lab.wait_state(pod, "served")?;
+        }
+        for (form, kind) in [(&[][..], "IdentityPolicy"), (&["--istio"], "AuthorizationPolicy")] {
+            let arguments =
+                [&["policy", "suggest", "-n", "shop", "--from-networkpolicies"], form].concat();
+            let text = agent.cli(&arguments)?.success()?;
+            ensure!(text.contains(kind) && !text.contains("15008"), "{text}");
+            answered_soon(intruder, to)?;
+            cluster.apply_yaml(&text)?;
+            refused_soon(intruder, to)?;
+            refused(intruder, to, "not of its labels")?;
+            verdict(
+                lab,
+                "node-2",
+                "destination",
+                "shop/intruder",
+                "shop/payments",
+                "DROPPED",
+                "policy_no_match",
+            )?;
+            answered(frontend, to, "of its labels")?;
+            refused_soon(frontend, payments.at(HTTP))?;
+            cluster.delete(&ObjectKey::new(kind, "shop", "payments"))?;
+        }
         Ok(())
     })
 }
