@@ -400,6 +400,10 @@ pub struct UdpFlow {
     pub revision: u64,
 }
 
+/// UDP flows that one pod may have tracked: an eighth of a minute of two thousand new ones a
+/// second. What is more is refused to that pod alone.
+pub const UDP_SHARE: i64 = 16_384;
+
 /// A datagram of which the first fragment left a pod.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]

@@ -5,7 +5,10 @@
 //! it can be: at connect and in sk_lookup. A packet without a socket meets no hook.
 
 use crate::{
-    maps::{CONFIG, CUT, GUARD_FLOWS, Kernel, UDP_FLOWS, count, has, now, report},
+    maps::{
+        CONFIG, CUT, GUARD_FLOWS, Kernel, UDP_FLOWS, count, count_udp, has, has_udp_room, now,
+        owner_of, report,
+    },
     packet, task,
 };
 use aya_ebpf::{
@@ -15,7 +18,7 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 use signet_ebpf::{
-    abi::{FlowKey, Mode, UdpFlow, counter, feature, hook, proto},
+    abi::{FlowKey, Mode, Reason, UdpFlow, Verdict, counter, feature, hook, proto},
     decide::{Action, Decision, Flow, PolicyMaps, decide_egress, decide_ingress},
     guard::{self, Frame, tcp},
 };
@@ -205,8 +208,11 @@ fn key_of(flow: &Flow) -> FlowKey {
 #[inline(always)]
 fn udp(ctx: &SkBuffContext, flow: &Flow, ingress: bool) -> i32 {
     let key = key_of(flow);
+    let owner = owner_of(flow);
     let mut known = false;
+    let mut tracked_before = false;
     if let Some(tracked) = UDP_FLOWS.get_ptr_mut(&key) {
+        tracked_before = true;
         // SAFETY: a live map value.
         let (last, revision) = unsafe { ((*tracked).last, (*tracked).revision) };
         known = flow.now.wrapping_sub(last) < UDP_IDLE_NS;
@@ -222,7 +228,9 @@ fn udp(ctx: &SkBuffContext, flow: &Flow, ingress: bool) -> i32 {
     }
     let decision = judge(flow, ingress);
     if let Action::Refuse = decision.action {
-        let _ = UDP_FLOWS.remove(&key);
+        if tracked_before && UDP_FLOWS.remove(&key).is_ok() {
+            count_udp(owner, -1);
+        }
         send(ctx, flow, &decision, ingress);
         return DROP;
     }
@@ -233,10 +241,25 @@ fn udp(ctx: &SkBuffContext, flow: &Flow, ingress: bool) -> i32 {
         last: flow.now,
         revision: decision.revision | if ingress { INGRESS_BIT } else { 0 },
     };
-    if UDP_FLOWS.insert(&key, &entry, 0).is_err() {
+    let has_room = tracked_before || has_udp_room(owner);
+    if !has_room || UDP_FLOWS.insert(&key, &entry, 0).is_err() {
         count(counter::UDP_FULL);
+        if !decision.mode.is_enforced() {
+            return PASS;
+        }
         // Without an entry its answers would be judged as new flows.
-        return if decision.mode.is_enforced() { DROP } else { PASS };
+        let full = Decision {
+            action: Action::Refuse,
+            verdict: Verdict::Dropped,
+            reason: Reason::MapFull,
+            policy: 0,
+            ..decision
+        };
+        send(ctx, flow, &full, ingress);
+        return DROP;
+    }
+    if !tracked_before {
+        count_udp(owner, 1);
     }
     if !known {
         send(ctx, flow, &decision, ingress);

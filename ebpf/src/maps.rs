@@ -15,7 +15,7 @@ use signet_ebpf::{
     abi::{
         AddressEntry, Attestation, Config, DropKey, Event, ExemptKey, FlowKey, FragmentKey,
         Handover, Ip, ListenerKey, OwnAddressKey, PodEntry, PolicyKey, PolicyValue, RateWindow,
-        ServiceKey, UdpFlow, Verdict, counter,
+        ServiceKey, UDP_SHARE, UdpFlow, Verdict, counter,
     },
     decide::{Decision, Flow, PolicyMaps},
 };
@@ -57,7 +57,11 @@ pub static CLIENTS: HashMap<FlowKey, Handover> = HashMap::pinned(MAX_HANDOVERS, 
 #[map]
 pub static CUT: HashMap<FlowKey, u64> = HashMap::pinned(16_384, BPF_F_NO_PREALLOC);
 #[map]
-pub static UDP_FLOWS: HashMap<FlowKey, UdpFlow> = HashMap::pinned(131_072, BPF_F_NO_PREALLOC);
+pub static UDP_FLOWS: HashMap<FlowKey, UdpFlow> = HashMap::pinned(524_288, BPF_F_NO_PREALLOC);
+/// How many of those each pod has: its share of them is bounded. User space counts again
+/// whenever it sweeps, so a race costs a few flows of accuracy for some seconds.
+#[map]
+pub static UDP_COUNTS: HashMap<u64, i64> = HashMap::pinned(2 * MAX_PODS, BPF_F_NO_PREALLOC);
 /// Devices of this node with a raw guard: interface → the pod's network namespace.
 #[map]
 pub static GUARDED: HashMap<u32, u64> = HashMap::pinned(MAX_PODS, BPF_F_NO_PREALLOC);
@@ -251,7 +255,7 @@ impl PolicyMaps for Kernel {
 
 /// The pod that answers for a flow: a network namespace made inside a pod is that pod's doing.
 #[inline(always)]
-fn owner_of(flow: &Flow) -> u64 {
+pub fn owner_of(flow: &Flow) -> u64 {
     if flow.task_netns != 0 && flow.task_netns != flow.netns && Kernel.pod(flow.netns).is_none() {
         flow.task_netns
     } else {
@@ -324,6 +328,29 @@ fn add(p: *mut u64) {
         core::intrinsics::atomic_xadd::<u64, u64, { core::intrinsics::AtomicOrdering::Relaxed }>(
             p, 1,
         );
+    }
+}
+
+/// True while the pod's share of UDP flows is not used up.
+#[inline(always)]
+pub fn has_udp_room(owner: u64) -> bool {
+    match UDP_COUNTS.get_ptr(&owner) {
+        // SAFETY: a live map value.
+        Some(count) => unsafe { *count < UDP_SHARE },
+        None => UDP_COUNTS.insert(&owner, &0, 0).is_ok(),
+    }
+}
+
+/// Counts a UDP flow of the pod that came (1) or went (-1).
+#[inline(always)]
+pub fn count_udp(owner: u64, by: i64) {
+    if let Some(count) = UDP_COUNTS.get_ptr_mut(&owner) {
+        // SAFETY: a live map value.
+        unsafe {
+            core::intrinsics::atomic_xadd::<i64, i64, { core::intrinsics::AtomicOrdering::Relaxed }>(
+                count, by,
+            );
+        }
     }
 }
 

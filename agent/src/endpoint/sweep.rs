@@ -1,7 +1,10 @@
 //! Removing what nobody will take any more: tuples of connections that never completed,
 //! quiet UDP flows, counters of pods that are gone.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use aya::Pod;
 
@@ -28,6 +31,7 @@ pub fn sweep(maps: &mut Maps, registered: &BTreeSet<u64>, now: u64) -> Result<()
     drop_rows(&mut maps.originals, |_, v| old(v.time, HANDOVER))?;
     drop_rows(&mut maps.clients, |_, v| old(v.time, HANDOVER))?;
     drop_rows(&mut maps.udp_flows, |k, v| old(v.last, UDP) || gone(k.netns))?;
+    count_udp_flows(maps, registered)?;
     drop_rows(&mut maps.tunnels, |key, _| gone(key.netns))?;
     drop_rows(&mut maps.attested, |_, v| old(v.time, ATTESTATION))?;
     drop_rows(&mut maps.drops, |k, _| gone(k.netns))?;
@@ -53,6 +57,22 @@ pub fn forget_revisions(maps: &mut Maps) -> Result<(), KernelError> {
 /// Where the map cannot be read or written.
 pub fn forget_tunnels(maps: &mut Maps) -> Result<(), KernelError> {
     drop_rows(&mut maps.tunnels, |_, _| true)
+}
+
+/// Counts each pod's UDP flows again: the programs count what they add, and not what goes here.
+fn count_udp_flows(maps: &mut Maps, registered: &BTreeSet<u64>) -> Result<(), KernelError> {
+    let mut counts: BTreeMap<u64, i64> = BTreeMap::new();
+    for (key, _) in maps.udp_flows.rows()? {
+        *counts.entry(key.netns).or_default() += 1;
+    }
+    for (netns, count) in maps.udp_counts.rows()? {
+        match counts.get(&netns).copied().unwrap_or(0) {
+            _ if !registered.contains(&netns) => maps.udp_counts.remove(&netns)?,
+            now if now != count => maps.udp_counts.set(netns, now)?,
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 fn drop_rows<K: Pod, V: Pod>(

@@ -37,7 +37,7 @@ const MAX_IDENTITIES: u32 = 65_536;
 const MAX_NAMES: u32 = 16_384;
 
 /// Names of the maps that are pinned; both objects share them.
-pub(super) const PINNED: [&str; 28] = [
+pub(super) const PINNED: [&str; 29] = [
     "CONFIG",
     "PODS",
     "CGROUPS",
@@ -53,6 +53,7 @@ pub(super) const PINNED: [&str; 28] = [
     "CLIENTS",
     "CUT",
     "UDP_FLOWS",
+    "UDP_COUNTS",
     "GUARDED",
     "GUARD_FLOWS",
     "TUNNELS",
@@ -91,6 +92,7 @@ pub struct Maps {
     pub clients: Table<FlowKey, Handover>,
     pub cut: Table<FlowKey, u64>,
     pub udp_flows: Table<FlowKey, UdpFlow>,
+    pub udp_counts: Table<u64, i64>,
     pub guarded: Table<u32, u64>,
     pub tunnels: Table<FlowKey, u64>,
     pub drops: Table<DropKey, u64>,
@@ -122,6 +124,7 @@ impl Maps {
             clients: Table::take(ebpf, "CLIENTS")?,
             cut: Table::take(ebpf, "CUT")?,
             udp_flows: Table::take(ebpf, "UDP_FLOWS")?,
+            udp_counts: Table::take(ebpf, "UDP_COUNTS")?,
             guarded: Table::take(ebpf, "GUARDED")?,
             tunnels: Table::take(ebpf, "TUNNELS")?,
             drops: Table::take(ebpf, "DROPS")?,

@@ -68,6 +68,7 @@ pub fn map_entries(instance: &Path) -> Result<BTreeMap<&'static str, usize>> {
         "CLIENTS": abi::FlowKey => abi::Handover,
         "CUT": abi::FlowKey => u64,
         "UDP_FLOWS": abi::FlowKey => abi::UdpFlow,
+        "UDP_COUNTS": u64 => i64,
         "TUNNELS": abi::FlowKey => u64,
         "DROPS": abi::DropKey => u64,
     }

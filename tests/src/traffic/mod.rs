@@ -63,6 +63,8 @@ pub enum Role {
     UdpServer(UdpServer),
     /// Sends datagrams and counts answers.
     UdpClient(UdpClient),
+    /// Sends a datagram to each of many ports, and counts those that were refused.
+    UdpFlood(UdpFlood),
     /// Dials from its first microsecond on.
     FirstMoment(FirstMoment),
     /// Sends packets with a forged source address through a raw socket.
@@ -113,6 +115,7 @@ impl Role {
             Self::Hammer(_) => "hammer",
             Self::Bulk(_) => "bulk",
             Self::UdpServer(_) => "udp-server",
+            Self::UdpFlood(_) => "udp-flood",
             Self::UdpClient(_) => "udp-client",
             Self::FirstMoment(_) => "first-moment",
             Self::Spoof(_) => "spoof",
@@ -141,6 +144,7 @@ impl Role {
             Self::Hammer(role) => hammer::play(role),
             Self::Bulk(role) => bulk::play(&role),
             Self::UdpServer(role) => udp::serve(&role),
+            Self::UdpFlood(role) => udp::flood(&role),
             Self::UdpClient(role) => udp::send(&role),
             Self::FirstMoment(role) => first_moment::play(&role),
             Self::Spoof(role) => spoof::play(&role),

@@ -302,6 +302,24 @@ impl Default for UdpClient {
     }
 }
 
+/// See [`super::Role::UdpFlood`].
+#[derive(Clone, Debug, Serialize, Deserialize, clap::Args)]
+#[serde(default, rename_all = "camelCase")]
+pub struct UdpFlood {
+    /// The first address and port; each datagram goes to the next port.
+    #[arg(long)]
+    pub to: SocketAddr,
+    /// How many.
+    #[arg(long, default_value_t = 1000)]
+    pub count: u16,
+}
+
+impl Default for UdpFlood {
+    fn default() -> Self {
+        Self { to: nowhere(), count: 1000 }
+    }
+}
+
 /// See [`super::Role::FirstMoment`].
 #[derive(Clone, Debug, Serialize, Deserialize, clap::Args)]
 #[serde(default, rename_all = "camelCase")]

@@ -15,7 +15,7 @@ use super::{
     outcome::failed,
     report_when_asked,
     reports::{Change, UdpReport, UdpServerReport},
-    roles::{UdpClient, UdpServer},
+    roles::{UdpClient, UdpFlood, UdpServer},
     tcp_server::canonical,
     told_to_stop, unix_micros,
 };
@@ -77,6 +77,27 @@ pub(super) fn send(role: &UdpClient) -> Result<()> {
             }
         }
         Err(failure) => *report.failures.entry(failure).or_default() += 1,
+    }
+    emit("report", &report);
+    Ok(())
+}
+
+/// One socket, a flow for each port. What is refused is refused at once (EPERM).
+pub(super) fn flood(role: &UdpFlood) -> Result<()> {
+    let mut report = UdpReport::default();
+    let any: SocketAddr = match role.to.is_ipv4() {
+        true => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        false => (Ipv6Addr::UNSPECIFIED, 0).into(),
+    };
+    let socket = UdpSocket::bind(any).context("socket")?;
+    for number in 0..role.count {
+        let port = role.to.port().checked_add(number).context("ports end at 65535")?;
+        match socket.send_to(b"flood", (role.to.ip(), port)) {
+            Ok(_) => report.sent += 1,
+            Err(error) => {
+                *report.failures.entry(failed("send", &error)).or_default() += 1;
+            }
+        }
     }
     emit("report", &report);
     Ok(())

@@ -2,10 +2,15 @@
 
 use anyhow::{Result, ensure};
 use serde_json::json;
+use signet_ebpf::abi::UDP_SHARE;
 use signet_lab::{
     eventually,
     pod::Pod,
-    traffic::{Role, reports::UdpReport, roles::UdpClient},
+    traffic::{
+        Role,
+        reports::UdpReport,
+        roles::{UdpClient, UdpFlood},
+    },
 };
 
 use crate::mesh::{CHANGE, Mesh, TIMEOUT, UDP, policy, verdict, with_logs};
@@ -146,5 +151,36 @@ fn an_allow_on_an_identity_does_not_believe_an_address() -> Result<()> {
         lab.cluster().apply(allow(true))?;
         answered_soon(frontend, to)?;
         Ok(())
+    })
+}
+
+#[test]
+fn a_pod_that_floods_uses_up_its_own_share_of_flows_only() -> Result<()> {
+    let mesh = Mesh::start(Some("strict"))?;
+    with_logs(&mesh, |mesh| {
+        let Mesh { lab, frontend, intruder, reports, .. } = mesh;
+        let to = reports.at(UDP);
+        for pod in [frontend, intruder] {
+            answered_soon(pod, to)?;
+        }
+        let share = u64::try_from(UDP_SHARE)?;
+        let role = UdpFlood { to: reports.at(20_000), count: 40_000 };
+        let flood: UdpReport = intruder.run(&Role::UdpFlood(role), TIMEOUT)?;
+        let refused: u64 = flood.failures.values().sum();
+        // A few flows of before count too; what was swept meanwhile gives no room.
+        ensure!(flood.sent <= share && flood.sent > share - 100, "{flood:?}");
+        ensure!(refused == 40_000 - flood.sent, "{flood:?}");
+        // Its next flow is refused, and told once its events are within their rate again.
+        eventually("the refusal is told", CHANGE, || {
+            let report = send(intruder, to, false)?;
+            ensure!(report.answered == 0 && report.sent == 0, "{report:?}");
+            let flows = lab.agent("node-1")?.flows(&["--reason", "map_full"])?;
+            let told = flows.iter().any(|flow| {
+                flow.source.full_name() == "shop/intruder" && flow.is("DROPPED", "map_full")
+            });
+            Ok(told.then_some(()))
+        })?;
+        // Another pod's is not.
+        answered(frontend, to)
     })
 }
