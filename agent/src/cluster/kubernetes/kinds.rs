@@ -99,6 +99,7 @@ pub(super) fn all(node: &str, namespace: &str) -> Vec<Kind> {
         of(("crd.projectcalico.org", &["v1"]), "IPPool", "ippools", Everything),
         // Nothing is decided by them.
         of(CORE, "ServiceAccount", "serviceaccounts", Nothing),
+        of(("networking.k8s.io", &["v1"]), "NetworkPolicy", "networkpolicies", Nothing),
         Kind {
             content: Content::Announcement,
             ..of(SIGNET, "NodeEnrolment", "nodeenrolments", Everything)

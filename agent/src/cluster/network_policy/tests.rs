@@ -2,9 +2,9 @@
 
 use super::*;
 use crate::cluster::{
-    files::FilesParams,
     manifest::{self, Object},
     offline::Manifests,
+    source::SourceParams,
 };
 
 const CLUSTER: &str = "apiVersion: v1
@@ -57,7 +57,7 @@ fn world(policies: &[(&str, &str)]) -> World {
     let domain = crate::spiffe::TrustDomain::parse("cluster.local").unwrap();
     let mut manifests = Manifests::default();
     manifests.add("f.yaml".as_ref(), &text, "istio-system").unwrap();
-    manifests.world(&FilesParams::new(domain), Arc::default())
+    manifests.world(&SourceParams::new(domain), Arc::default())
 }
 
 fn blocked(policies: &[(&str, &str)]) -> Vec<String> {
