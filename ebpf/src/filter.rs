@@ -170,7 +170,16 @@ fn filter(ctx: &SkBuffContext, packet: &Frame, ingress: bool) -> i32 {
             PASS
         }
         // A TCP packet that should have been steered and was not: it never leaves.
-        Action::Tunnel if !ingress => DROP,
+        Action::Tunnel if !ingress => {
+            let refused = Decision {
+                action: Action::Refuse,
+                verdict: Verdict::Dropped,
+                reason: Reason::PlaintextRefused,
+                ..decision
+            };
+            send(ctx, &flow, &refused, ingress);
+            DROP
+        }
         Action::Tunnel => PASS,
         Action::Refuse => {
             send(ctx, &flow, &decision, ingress);

@@ -19,6 +19,7 @@ const PROGRAMS: &[(&str, &str, &str)] = &[
     ("cc", "gcc libc6-dev", "links the build, and compiles the crypto library"),
     ("ip", "iproute2", "lets you look around in the lab"),
     ("curl", "curl", "is the plain client of the lab's tests"),
+    ("nft", "nftables", "rewrites addresses where a test attacks by it"),
     ("kubectl", "kubernetes-client", "builds the manifests for their check"),
     ("python3", "python3 python3-venv", "plays others' SPIFFE clients and odd ones in the tests"),
 ];

@@ -14,8 +14,8 @@ use signet_lab::{
     pod::Pod,
     traffic::{
         Role,
-        reports::{HoldReport, TcpServerReport},
-        roles::Hold,
+        reports::{DialReport, HoldReport, TcpServerReport},
+        roles::{Dial, Hold},
     },
 };
 
@@ -338,6 +338,82 @@ fn sockets_from_before_the_agent_do_not_outlive_its_start() -> Result<()> {
         let report: HoldReport = outside.report(TIMEOUT)?;
         ensure!(report.closed.iter().all(|closed| closed.outcome == "told"), "{report:?}");
         answered_soon(frontend, payments.at(TCP))?;
+        Ok(())
+    })
+}
+
+/// Rules by which a pod rewrites its own packets: towards `decoy` at these ports, to there.
+fn rewrite(pod: &Pod, decoy: IpAddr, rules: &[(u16, SocketAddr)]) -> Result<()> {
+    let family = if decoy.is_ipv4() { "ip" } else { "ip6" };
+    let rules: String = rules
+        .iter()
+        .map(|(port, to)| format!("{family} daddr {decoy} tcp dport {port} dnat to {to}; "))
+        .collect();
+    let table = format!(
+        "table {family} trick {{ chain out {{ type nat hook output priority -100; {rules} }} }}"
+    );
+    pod.exec(&["nft", &table])?.success()?;
+    Ok(())
+}
+
+/// What would fool a proxy that asks conntrack for the original destination, or a hook that
+/// believes the address that was dialled.
+#[test]
+fn addresses_rewritten_inside_a_pod_give_no_right() -> Result<()> {
+    const CONTROL: u16 = 7001;
+    const CLEAR: u16 = 7002;
+    const LISTENER: u16 = 7003;
+    let mesh = Mesh::start(Some("strict"))?;
+    with_logs(&mesh, |mesh| {
+        let Mesh { lab, frontend, intruder, payments, reports, .. } = mesh;
+        mesh.allow_payments(&["frontend"])?;
+        answered_soon(frontend, payments.at(TCP))?;
+        refused_soon(intruder, payments.at(TCP))?;
+        let listeners = agents_ports(intruder)?;
+        let before = accepted(payments)?;
+        for (decoy, target) in reports.all_at(TCP).into_iter().zip(payments.all_at(TCP)) {
+            ensure!(decoy.is_ipv4() == target.is_ipv4(), "{decoy} {target}");
+            let loopback: IpAddr =
+                if decoy.is_ipv4() { [127, 0, 0, 1].into() } else { "::1".parse()? };
+            let own = listeners
+                .iter()
+                .find(|l| {
+                    l.ip() == loopback
+                        || (l.ip().is_unspecified() && l.is_ipv4() == decoy.is_ipv4())
+                })
+                .with_context(|| format!("no listener of the agent for {decoy}: {listeners:?}"))?;
+            rewrite(
+                intruder,
+                decoy.ip(),
+                &[
+                    (CONTROL, decoy),
+                    (CLEAR, target),
+                    (LISTENER, SocketAddr::new(loopback, own.port())),
+                ],
+            )?;
+            let dial = |port| {
+                let to = SocketAddr::new(decoy.ip(), port);
+                intruder.run(&Role::Dial(Dial { to, timeout_ms: 1500, ..Dial::default() }), TIMEOUT)
+            };
+            // The control: packets are rewritten, and nothing keeps them from who is not enrolled.
+            let report: DialReport = dial(CONTROL)?;
+            ensure!(report.answered(), "{decoy}: {report:?}");
+            for port in [CLEAR, LISTENER] {
+                let report: DialReport = dial(port)?;
+                ensure!(!report.answered(), "{decoy} {port}: {report:?}");
+            }
+        }
+        ensure!(accepted(payments)? == before, "payments took a rewritten connection");
+        let agent = lab.agent("node-1")?;
+        agent.wait_flow("what was to leave in clear is told", &[], |flow| {
+            flow.between("shop/intruder", "shop/payments")
+                && flow.is("DROPPED", "plaintext_refused")
+        })?;
+        agent.wait_flow("what was sent into the agent's port is told", &[], |flow| {
+            [flow.source.full_name(), flow.destination.full_name()]
+                .contains(&"shop/intruder".into())
+                && flow.is("DROPPED", "wrong_destination")
+        })?;
         Ok(())
     })
 }
