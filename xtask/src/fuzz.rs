@@ -97,6 +97,16 @@ pub fn all(workspace: &Workspace, seconds: u64) -> anyhow::Result<Vec<Fuzzed>> {
     fuzz(workspace, &names, seconds)
 }
 
+/// These targets for `seconds` each; fails when one is not there.
+pub fn some(workspace: &Workspace, chosen: &[&str], seconds: u64) -> anyhow::Result<Vec<Fuzzed>> {
+    let names = targets(workspace)?;
+    if let Some(missing) = chosen.iter().find(|name| !names.iter().any(|known| known == *name)) {
+        bail!("no target {missing:?}; there are {}", names.join(", "));
+    }
+    let chosen: Vec<String> = chosen.iter().map(|name| (*name).to_owned()).collect();
+    fuzz(workspace, &chosen, seconds)
+}
+
 /// Names of the targets, as their table's source has them.
 fn targets(workspace: &Workspace) -> anyhow::Result<Vec<String>> {
     let path = workspace.root.join("tests/fuzz/src/lib.rs");
