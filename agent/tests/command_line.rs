@@ -213,6 +213,7 @@ fn endpoint(pod: &Arc<Pod>, netns: u64, address: &str) -> Arc<EndpointState> {
         listener4: 0,
         listener6: (0, 0),
         served: true,
+        closed: false,
         since: "2026-08-06T10:00:00Z".parse().unwrap(),
     })
 }

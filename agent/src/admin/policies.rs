@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use signet_ebpf::abi::{Direction, Mode, proto};
+use signet_ebpf::abi::{Direction, Mode, enforcement, proto};
 
 use super::inputs::StatusInputs;
 use crate::{
@@ -41,11 +41,8 @@ pub fn list(inputs: &StatusInputs, hits: &HashMap<PolicyName, u64>) -> admin::Li
 }
 
 fn policy(state: &NodeState, policy: &Arc<Policy>, hits: u64) -> admin::PolicyInForce {
-    let pods = state
-        .endpoints
-        .values()
-        .filter(|endpoint| endpoint.policies.iter().any(|p| p.name == policy.name))
-        .count();
+    let selected =
+        || state.endpoints.values().filter(|e| e.policies.iter().any(|p| p.name == policy.name));
     let directions = [(Direction::Ingress, "ingress"), (Direction::Egress, "egress")];
     admin::PolicyInForce {
         action: action(policy.action).into(),
@@ -56,8 +53,8 @@ fn policy(state: &NodeState, policy: &Arc<Policy>, hits: u64) -> admin::PolicyIn
             .collect(),
         selects: selects(&policy.selector),
         dry_run: policy.dry_run,
-        pods: count(pods),
-        conditions: vec![accepted(policy.accepted()), enforced(state, pods)],
+        pods: count(selected().count()),
+        conditions: vec![accepted(policy.accepted()), enforced(state, selected())],
         ..named(&policy.name, hits)
     }
 }
@@ -69,8 +66,7 @@ const MOST_PLACES: usize = 32;
 fn builtin(state: &NodeState, which: Builtin, hits: u64) -> admin::PolicyInForce {
     let made = state.builtins.policy(which, &state.world);
     let in_force = state.builtins.has(which);
-    let judged = |endpoint: &&Arc<EndpointState>| endpoint.mode != Mode::Off;
-    let pods = if in_force { state.endpoints.values().filter(judged).count() } else { 0 };
+    let selected = || state.endpoints.values().filter(|e| in_force && e.mode != Mode::Off);
     let allows = match which {
         Builtin::Dns => format!("allows DNS to the pod's own resolvers: {}", places(&made)),
         Builtin::KubeletProbes => {
@@ -97,8 +93,8 @@ fn builtin(state: &NodeState, which: Builtin, hits: u64) -> admin::PolicyInForce
         action: action(made.action).into(),
         directions: vec![direction.into()],
         selects: selects(&made.selector),
-        pods: count(pods),
-        conditions: vec![condition, enforced(state, pods)],
+        pods: count(selected().count()),
+        conditions: vec![condition, enforced(state, selected())],
         ..named(&made.name, hits)
     }
 }
@@ -134,13 +130,14 @@ fn peer_authentication(
         labels: object.selector.clone().unwrap_or_default(),
         ..Selector::of(&object.name.namespace)
     };
-    let pods = state
-        .endpoints
-        .values()
-        .filter(|e| selector.selects(&e.pod.name.namespace, &e.pod.labels))
-        .count();
+    let selected = || {
+        let about =
+            |e: &&Arc<EndpointState>| selector.selects(&e.pod.name.namespace, &e.pod.labels);
+        state.endpoints.values().filter(about)
+    };
+    let pods = selected().count();
     let mut conditions =
-        vec![accepted(Accepted::of(&object.remarks, object.ignored)), enforced(state, pods)];
+        vec![accepted(Accepted::of(&object.remarks, object.ignored)), enforced(state, selected())];
     if root && pods == 0 {
         // Of the mesh: which pods follow it depends on all others.
         conditions.truncate(1);
@@ -181,12 +178,39 @@ fn accepted(accepted: Accepted) -> admin::Condition {
 }
 
 /// On this node alone; the others are asked for themselves.
-fn enforced(state: &NodeState, pods: usize) -> admin::Condition {
+/// Whether it holds for every pod of this node that it is about, and where not, why.
+fn enforced<'a>(
+    state: &NodeState,
+    selected: impl Iterator<Item = &'a Arc<EndpointState>>,
+) -> admin::Condition {
+    let (mut pods, mut in_force, mut closed) = (0_usize, 0_usize, 0_usize);
+    for endpoint in selected {
+        pods += 1;
+        if endpoint.closed {
+            closed += 1;
+        } else if endpoint.mode.is_enforced() {
+            in_force += 1;
+        }
+    }
+    let overridden = state.enforcement != enforcement::ENFORCE;
+    let (status, reason, how) = match (pods, in_force, closed) {
+        (0, ..) => ("True", "NothingSelected", "no pod of it there".to_owned()),
+        (.., closed) if closed > 0 => (
+            "False",
+            "PodsClosed",
+            format!("{closed} of {pods} pods are closed: their policies do not fit"),
+        ),
+        _ if overridden => ("False", "Overridden", "enforcement is overridden".to_owned()),
+        (_, 0, _) => {
+            ("False", "NotEnforced", format!("none of {pods} pods is in permissive or strict"))
+        }
+        _ => ("True", "Applied", format!("for {in_force} of {pods} pods")),
+    };
     admin::Condition {
         r#type: "Enforced".into(),
-        status: "True".into(),
-        reason: "Applied".into(),
-        message: format!("revision {} on node {}, {pods} pods", state.revision, state.node),
+        status: status.into(),
+        reason: reason.into(),
+        message: format!("revision {} on node {}: {how}", state.revision, state.node),
     }
 }
 
@@ -298,4 +322,50 @@ fn step(step: &PolicyStep) -> admin::CheckedPolicy {
 
 fn count(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        cluster::model::World,
+        flow::example::{endpoint, pod},
+        spiffe::TrustDomain,
+    };
+
+    #[test]
+    fn enforced_is_told_of_pods_that_are() {
+        let world = World::empty(TrustDomain::parse("cluster.local").unwrap());
+        let mut state = NodeState::empty("node-2".into(), Arc::new(world));
+        let told = |state: &NodeState, pods: &[(Mode, bool)]| {
+            let endpoints: Vec<_> = pods
+                .iter()
+                .map(|(mode, closed)| {
+                    let endpoint = endpoint(&pod("shop/web", *mode), 7, "10.0.0.1");
+                    Arc::new(EndpointState { closed: *closed, ..EndpointState::clone(&endpoint) })
+                })
+                .collect();
+            let condition = enforced(state, endpoints.iter());
+            (condition.status, condition.reason, condition.message)
+        };
+        let strict = (Mode::Strict, false);
+        let observed = (Mode::Observe, false);
+        let closed = (Mode::Strict, true);
+        for (pods, status, reason, how) in [
+            (&[][..], "True", "NothingSelected", "no pod of it there"),
+            (&[strict, observed], "True", "Applied", "for 1 of 2 pods"),
+            (&[observed], "False", "NotEnforced", "none of 1 pods is in permissive or strict"),
+            (
+                &[strict, closed],
+                "False",
+                "PodsClosed",
+                "1 of 2 pods are closed: their policies do not fit",
+            ),
+        ] {
+            let message = format!("revision 0 on node node-2: {how}");
+            assert_eq!(told(&state, pods), (status.into(), reason.into(), message));
+        }
+        state.enforcement = enforcement::AUDIT;
+        assert_eq!(told(&state, &[strict]).1, "Overridden");
+    }
 }

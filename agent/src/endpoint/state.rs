@@ -86,6 +86,8 @@ pub struct EndpointState {
     pub listener6: (u16, u16),
     /// SVID, listeners and kernel entries are in place, and it is announced.
     pub served: bool,
+    /// Its rows or policies do not fit the kernel's maps: everything of it is refused.
+    pub closed: bool,
     /// When it was registered.
     pub since: jiff::Timestamp,
 }

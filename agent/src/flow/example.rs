@@ -163,6 +163,7 @@ pub(crate) fn endpoint(pod: &Arc<Pod>, netns: u64, address: &str) -> Arc<Endpoin
         listener4: 0,
         listener6: (0, 0),
         served: true,
+        closed: false,
         since: at(0),
     })
 }

@@ -118,6 +118,10 @@ fn a_database_that_two_principals_reach_in_istio_s_words() -> Result<()> {
         ensure!(policy["kind"] == "AuthorizationPolicy" && policy["pods"] == 1, "{list}");
         ensure!(policy["hits"].as_u64() >= Some(2), "{list}");
         ensure!(policy["conditions"][0]["status"] == "True", "{list}");
+        let enforced = &policy["conditions"][1];
+        ensure!(enforced["type"] == "Enforced" && enforced["status"] == "True", "{list}");
+        let message = enforced["message"].as_str().unwrap_or_default();
+        ensure!(message.starts_with("Enforced on 1/1 nodes; "), "{list}");
         Ok(())
     })
 }

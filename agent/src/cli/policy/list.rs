@@ -1,5 +1,7 @@
 //! `signet policy list`.
 
+use std::collections::HashMap;
+
 use serde::Serialize;
 
 use crate::{
@@ -15,6 +17,9 @@ use crate::{
         admin_client::AdminClient,
     },
 };
+
+/// The condition that says whether a policy holds.
+const ENFORCED: &str = "Enforced";
 
 /// Arguments of `signet policy list`.
 #[derive(clap::Args, Debug)]
@@ -56,6 +61,7 @@ pub async fn run(args: ListArgs) -> Result<Exit, Failure> {
             answer.policies.retain(|p| p.namespace.is_empty() || p.namespace == *namespace);
         }
     }
+    across_nodes(&mut answers);
     let text = match args.output {
         Output::Text => text_of(&answers),
         Output::Json => answers
@@ -66,6 +72,25 @@ pub async fn run(args: ListArgs) -> Result<Exit, Failure> {
     };
     print(&text)?;
     Ok(if is_complete { Exit::Done } else { Exit::Unreachable })
+}
+
+/// Says of every policy on how many of the asked nodes that have pods of it it is enforced.
+fn across_nodes(answers: &mut [ListPoliciesResponse]) {
+    let mut counts: HashMap<String, (usize, usize)> = HashMap::new();
+    let enforced = |policy: &PolicyInForce| {
+        policy.conditions.iter().any(|c| c.r#type == ENFORCED && c.status == "True")
+    };
+    for policy in answers.iter().flat_map(|answer| &answer.policies).filter(|p| p.pods > 0) {
+        let (on, of) = counts.entry(name_of(policy)).or_default();
+        *of += 1;
+        *on += usize::from(enforced(policy));
+    }
+    for policy in answers.iter_mut().flat_map(|answer| &mut answer.policies) {
+        let (on, of) = counts.get(&name_of(policy)).copied().unwrap_or_default();
+        for condition in policy.conditions.iter_mut().filter(|c| c.r#type == ENFORCED) {
+            condition.message = format!("Enforced on {on}/{of} nodes; {}", condition.message);
+        }
+    }
 }
 
 fn text_of(answers: &[ListPoliciesResponse]) -> String {
@@ -87,10 +112,14 @@ fn text_of(answers: &[ListPoliciesResponse]) -> String {
                 policy.hits.to_string(),
                 accepted.map_or_else(|| "-".into(), |c| c.reason.clone()),
             ]);
-            if let Some(condition) = accepted.filter(|c| c.reason != "Accepted") {
+            let unusual = accepted.filter(|c| c.reason != "Accepted");
+            // What is merely observed was meant so.
+            let unheld =
+                policy.conditions.iter().find(|c| c.r#type == ENFORCED && c.reason == "PodsClosed");
+            for condition in unusual.into_iter().chain(unheld) {
                 let line = format!("  {}: {}", name_of(policy), condition.message);
                 let line = printable(&line);
-                let is_builtin = policy.kind == builtin::KIND;
+                let is_builtin = policy.kind == builtin::KIND && condition.r#type != ENFORCED;
                 let said = if is_builtin { &mut builtins } else { &mut said };
                 if !said.contains(&line) {
                     said.push(line);
@@ -173,5 +202,67 @@ impl<'a> Json<'a> {
             revision: answer.revision,
             policies: answer.policies.iter().map(policy).collect(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(
+        node: &str,
+        name: &str,
+        pods: u32,
+        status: &str,
+        reason: &str,
+    ) -> ListPoliciesResponse {
+        let condition = |r#type: &str, status: &str, reason: &str, message: String| Condition {
+            r#type: r#type.into(),
+            status: status.into(),
+            reason: reason.into(),
+            message,
+        };
+        let policy = PolicyInForce {
+            kind: "IdentityPolicy".into(),
+            namespace: "shop".into(),
+            name: name.into(),
+            action: "Allow".into(),
+            pods,
+            conditions: vec![
+                condition("Accepted", "True", "Accepted", String::new()),
+                condition(ENFORCED, status, reason, format!("revision 7 on node {node}")),
+            ],
+            ..PolicyInForce::default()
+        };
+        ListPoliciesResponse { node: node.into(), revision: 7, policies: vec![policy] }
+    }
+
+    #[test]
+    fn a_policy_is_enforced_on_so_many_of_the_nodes_that_have_pods_of_it() {
+        let mut answers = [
+            answer("node-1", "a", 2, "True", "Applied"),
+            answer("node-2", "a", 1, "False", "PodsClosed"),
+            answer("node-3", "a", 0, "True", "NothingSelected"),
+            answer("node-4", "b", 0, "True", "NothingSelected"),
+        ];
+        across_nodes(&mut answers);
+        let told: Vec<_> =
+            answers.iter().map(|a| a.policies[0].conditions[1].message.as_str()).collect();
+        assert_eq!(
+            told,
+            [
+                "Enforced on 1/2 nodes; revision 7 on node node-1",
+                "Enforced on 1/2 nodes; revision 7 on node node-2",
+                "Enforced on 1/2 nodes; revision 7 on node node-3",
+                "Enforced on 0/0 nodes; revision 7 on node node-4",
+            ]
+        );
+        let text = text_of(&answers);
+        let problems = text.split_once("Problems\n").map(|(_, rest)| rest);
+        assert_eq!(
+            problems,
+            Some("  IdentityPolicy/shop/a: Enforced on 1/2 nodes; revision 7 on node node-2\n"),
+            "{text}"
+        );
     }
 }

@@ -383,6 +383,8 @@ impl<'a> Planner<'a> {
                 listener4: ports.v4,
                 listener6: (ports.v6, ports.v6_count()),
                 served: phase.is_served(),
+                // Known when its row is made.
+                closed: false,
                 since: found.since,
             },
         );
@@ -590,7 +592,15 @@ impl<'a> Planner<'a> {
             never_deny: self.input.params.never_deny.clone(),
             builtins: self.input.params.builtins.clone(),
             world,
-            endpoints: self.endpoints.into_iter().map(|(n, e)| (n, Arc::new(e))).collect(),
+            endpoints: self
+                .endpoints
+                .into_iter()
+                .map(|(netns, endpoint)| {
+                    let row = self.tables.pods.get(&netns);
+                    let closed = row.is_some_and(|row| row.flags & pod::CLOSED != 0);
+                    (netns, Arc::new(EndpointState { closed, ..endpoint }))
+                })
+                .collect(),
             waiting: self.waiting,
             problems: self.problems,
             identities: numbers.identities.names(),

@@ -512,6 +512,7 @@ fn full_maps_close() {
     scene.closed = [7].into();
     let plan = scene.plan();
     assert!(closed(&plan, 7) && !closed(&plan, 8) && !closed(&plan, 9));
+    assert_eq!([7, 8, 9].map(|n| plan.state.endpoints[&n].closed), [true, false, false]);
     assert!(plan.state.problems.iter().any(|p| p.subject == "pod shop/a"));
     scene.closed.clear();
     scene.full = ["ADDRESSES"].into();

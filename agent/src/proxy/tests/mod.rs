@@ -281,6 +281,7 @@ impl Setup {
             listener4: 20_001,
             listener6: (20_010, 4),
             served: true,
+            closed: false,
             since: Timestamp::now(),
         };
         let mut state = NodeState::empty(name.into(), Arc::new(self.world.clone()));
