@@ -170,6 +170,12 @@ fn a_policy_that_does_not_fit_closes_its_own_pod_and_says_so() -> Result<()> {
         agent.wait_flow("it is told", &["--reason", "map_full"], |flow| {
             flow.source.full_name() == "shop/intruder" && flow.is("DROPPED", "map_full")
         })?;
+        let list: Value =
+            serde_json::from_str(agent.cli(&["policy", "list", "-o", "json"])?.success()?.trim())?;
+        let policies = list["policies"].as_array().context("policies")?;
+        let policy = policies.iter().find(|p| p["name"] == "too-large").context("too-large")?;
+        let enforced = &policy["conditions"][1];
+        ensure!(enforced["status"] == "False" && enforced["reason"] == "PodsClosed", "{policy}");
         // Its neighbour in the same namespace on the same node is not touched.
         for to in [payments.at(TCP), reports.at(TCP)] {
             answered(frontend, to, "not me")?;
