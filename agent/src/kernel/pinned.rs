@@ -13,7 +13,7 @@ use super::{
     KernelError, bpf,
     maps::Table,
     pins::{self, directories, remove_tree},
-    programs::detach_filters,
+    programs::detach_all_filters,
 };
 
 /// The pins of one instance, of every version that is there.
@@ -162,14 +162,10 @@ impl Pinned {
                 pins::unpin(&path)?;
                 removed.links += 1;
             }
-            if let Ok(guarded) = Table::<u32, u64>::open(version, "GUARDED") {
-                for (interface, _) in guarded.rows()? {
-                    removed.filters += detach_filters(interface);
-                }
-            }
             removed.maps += files(version).len();
             remove_tree(version)?;
         }
+        removed.filters = detach_all_filters();
         remove_tree(&self.base)?;
         Ok(removed)
     }

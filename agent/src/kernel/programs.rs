@@ -3,7 +3,7 @@
 mod follow;
 mod raw_guard;
 
-pub(super) use raw_guard::detach_filters;
+pub(super) use raw_guard::detach_all_filters;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -136,10 +136,23 @@ impl Programs {
 }
 
 /// Removes our clsact filters from a device, as many as there are; the device may be gone.
-pub(in crate::kernel) fn detach_filters(interface: u32) -> usize {
-    let Ok(device) = device_name(interface) else { return 0 };
+fn detach_filters(interface: u32) -> usize {
+    device_name(interface).map_or(0, |device| detach_from(&device))
+}
+
+/// The same for every device of this network namespace: a guard that is attached ahead of time
+/// has no row that would name its device.
+pub(in crate::kernel) fn detach_all_filters() -> usize {
+    // A line for each device, `name: counters`, after two of headings.
+    let devices = std::fs::read_to_string("/proc/self/net/dev").unwrap_or_default();
+    let names =
+        devices.lines().filter_map(|line| line.split_once(':')).map(|(name, _)| name.trim());
+    names.map(detach_from).sum()
+}
+
+fn detach_from(device: &str) -> usize {
     let all = GUARDS.iter().flat_map(|(_, _, direction, _)| HANDLES.map(|h| (*direction, h)));
-    all.filter(|(direction, handle)| detach_filter(&device, *direction, *handle).is_ok()).count()
+    all.filter(|(direction, handle)| detach_filter(device, *direction, *handle).is_ok()).count()
 }
 
 fn classifier<'a>(
