@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use signet_ebpf::abi::{Direction, Mode, Reason, Verdict};
 
 use super::{
-    inputs::{DropCount, StatusInputs, SvidState},
+    inputs::{DropCount, StatusInputs, SvidFacts, SvidState},
     status::is_failed,
 };
 use crate::{
@@ -125,17 +125,22 @@ fn svid(
     now: Timestamp,
 ) -> Option<admin::EndpointSvid> {
     let facts = inputs.svids.iter().find(|s| s.id == endpoint.identity)?;
+    Some(svid_of(facts, now))
+}
+
+/// What there is of a tunnel SVID.
+pub(super) fn svid_of(facts: &SvidFacts, now: Timestamp) -> admin::EndpointSvid {
     let (state, not_after) = match facts.state {
         SvidState::Issued { not_after, .. } if not_after > now => ("valid", Some(not_after)),
         SvidState::Issued { not_after, .. } => ("expired", Some(not_after)),
         SvidState::Missing if is_failed(facts, now) => ("failed", None),
         SvidState::Missing => ("missing", None),
     };
-    Some(admin::EndpointSvid {
+    admin::EndpointSvid {
         state: state.into(),
         not_after: not_after.map(proto::timestamp),
         error: facts.error.clone().unwrap_or_default(),
-    })
+    }
 }
 
 /// What drops are told apart by.

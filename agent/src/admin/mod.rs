@@ -7,10 +7,12 @@
 pub mod diff;
 mod edges;
 pub mod endpoints;
+mod identities;
 pub mod inputs;
 pub mod policies;
 mod probe;
 mod rollout;
+mod services;
 pub mod socket;
 pub mod status;
 pub mod svids;
@@ -32,7 +34,8 @@ use crate::{
     proto::admin::{
         CheckPolicyRequest, CheckPolicyResponse, CheckRolloutRequest, CheckRolloutResponse,
         DiffPoliciesRequest, DiffPoliciesResponse, EndpointsRequest, EndpointsResponse,
-        ListEdgesRequest, ListEdgesResponse, ListPoliciesRequest, ListPoliciesResponse,
+        ListEdgesRequest, ListEdgesResponse, ListIdentitiesRequest, ListIdentitiesResponse,
+        ListPoliciesRequest, ListPoliciesResponse, ListServicesRequest, ListServicesResponse,
         ListSvidsRequest, ListSvidsResponse, ProbeRequest, ProbeResponse, StatusRequest,
         StatusResponse, TranslateNetworkPoliciesRequest, TranslateNetworkPoliciesResponse,
         admin_server::{self, AdminServer},
@@ -84,9 +87,24 @@ fn refusal(error: &Unanswered) -> Status {
     }
 }
 
+/// An answer that may be longer than one message.
+type Parts<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// Slices of at most so many; of nothing one empty one, so that the answer says whose it is.
+fn parted<T>(all: &[T], most: usize) -> impl Iterator<Item = &[T]> {
+    let empty = all.is_empty().then_some(all);
+    empty.into_iter().chain(all.chunks(most))
+}
+
+fn in_parts<T: Send + 'static>(parts: Vec<T>) -> Response<Parts<T>> {
+    Response::new(Box::pin(futures_util::stream::iter(parts.into_iter().map(Ok))))
+}
+
 #[tonic::async_trait]
 impl admin_server::Admin for Admin {
-    type ListEdgesStream = Pin<Box<dyn Stream<Item = Result<ListEdgesResponse, Status>> + Send>>;
+    type ListEdgesStream = Parts<ListEdgesResponse>;
+    type ListIdentitiesStream = Parts<ListIdentitiesResponse>;
+    type ListServicesStream = Parts<ListServicesResponse>;
 
     async fn list_edges(
         &self,
@@ -94,8 +112,23 @@ impl admin_server::Admin for Admin {
     ) -> Result<Response<Self::ListEdgesStream>, Status> {
         let request = request.into_inner();
         let node = self.inputs().await?.node;
-        let parts = edges::assemble(&self.edges, &node, &request);
-        Ok(Response::new(Box::pin(futures_util::stream::iter(parts.into_iter().map(Ok)))))
+        Ok(in_parts(edges::assemble(&self.edges, &node, &request)))
+    }
+
+    async fn list_identities(
+        &self,
+        _: Request<ListIdentitiesRequest>,
+    ) -> Result<Response<Self::ListIdentitiesStream>, Status> {
+        let inputs = self.inputs().await?;
+        Ok(in_parts(identities::assemble(&inputs, Timestamp::now())))
+    }
+
+    async fn list_services(
+        &self,
+        request: Request<ListServicesRequest>,
+    ) -> Result<Response<Self::ListServicesStream>, Status> {
+        let inputs = self.inputs().await?;
+        Ok(in_parts(services::assemble(&inputs, &request.into_inner())))
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {

@@ -32,49 +32,46 @@ pub struct EndpointsArgs {
     #[command(flatten)]
     sockets: SocketArgs,
     /// Only this pod, in full; NS/ for all pods of a namespace
-    #[arg(value_name = "NS/POD", value_parser = parse_pod)]
-    pod: Option<PodArg>,
+    #[arg(value_name = "NS/POD", value_parser = parse_named)]
+    pod: Option<NamedArg>,
     /// How they are shown
     #[arg(short, long, value_name = "form", default_value = "text")]
     output: Output,
 }
 
+/// `NAMESPACE/NAME`, or `NAMESPACE/` for everything in it.
 #[derive(Clone, PartialEq, Eq, Debug)]
-struct PodArg {
-    namespace: String,
-    /// Empty: every pod.
-    pod: String,
+pub struct NamedArg {
+    /// The namespace.
+    pub namespace: String,
+    /// Empty: every one.
+    pub name: String,
 }
 
-fn parse_pod(s: &str) -> Result<PodArg, String> {
+/// Reads a [`NamedArg`].
+pub fn parse_named(s: &str) -> Result<NamedArg, String> {
     match s.split_once('/') {
-        Some((namespace, pod)) if !namespace.is_empty() && !pod.contains('/') => {
-            Ok(PodArg { namespace: namespace.into(), pod: pod.into() })
+        Some((namespace, name)) if !namespace.is_empty() && !name.contains('/') => {
+            Ok(NamedArg { namespace: namespace.into(), name: name.into() })
         }
-        _ => Err("write it as NAMESPACE/POD, or NAMESPACE/ for all of its pods".into()),
+        _ => Err("write it as NAMESPACE/NAME, or NAMESPACE/ for all of the namespace's".into()),
     }
 }
 
 /// Asks and prints.
 pub async fn run(args: EndpointsArgs) -> Result<Exit, Failure> {
-    let (agents, mut is_complete) = sockets::connect_all(&args.sockets).await?;
+    let (agents, is_complete) = sockets::connect_all(&args.sockets).await?;
     let request = match &args.pod {
-        Some(p) => EndpointsRequest { namespace: p.namespace.clone(), pod: p.pod.clone() },
+        Some(p) => EndpointsRequest { namespace: p.namespace.clone(), pod: p.name.clone() },
         None => EndpointsRequest::default(),
     };
-    let mut answers = Vec::new();
-    for agent in &agents {
+    let (answers, all_answered) = sockets::ask_all(&agents, async |agent| {
         let mut client = AdminClient::new(agent.channel.clone());
-        match sockets::within_time(agent, client.endpoints(request.clone())).await {
-            Ok(answer) => answers.push(answer),
-            Err(failure) if agents.len() > 1 && failure.exit == Exit::Unreachable => {
-                anstream::eprintln!("warning: {failure}");
-                is_complete = false;
-            }
-            Err(failure) => return Err(failure),
-        }
-    }
-    let in_full = args.pod.as_ref().is_some_and(|p| !p.pod.is_empty());
+        sockets::within_time(agent, client.endpoints(request.clone())).await
+    })
+    .await?;
+    let is_complete = is_complete && all_answered;
+    let in_full = args.pod.as_ref().is_some_and(|p| !p.name.is_empty());
     let text = match args.output {
         Output::Json => answers
             .iter()
@@ -90,7 +87,7 @@ pub async fn run(args: EndpointsArgs) -> Result<Exit, Failure> {
     print(&text)?;
     let is_found = answers.iter().any(|a| !a.endpoints.is_empty());
     if let (Some(p), false) = (&args.pod, is_found) {
-        anstream::eprintln!("no pod {}/{} on the nodes asked", p.namespace, p.pod);
+        anstream::eprintln!("no pod {}/{} on the nodes asked", p.namespace, p.name);
     }
     Ok(match (is_complete, is_found || args.pod.is_none()) {
         (false, _) => Exit::Unreachable,

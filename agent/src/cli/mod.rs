@@ -11,9 +11,11 @@ mod filters;
 mod flow_lines;
 mod flows;
 mod host;
+mod identities;
 mod policy;
 mod probe;
 mod rollout;
+mod services;
 mod shell;
 mod sockets;
 mod status;
@@ -39,6 +41,7 @@ Examples:
   signet flows -f -n shop --not --port 53
   signet status
   signet endpoints shop/payments-5b7f
+  signet services shop/payments
   signet policy check --from shop/front --to shop/db-0:5432
   signet svid list
   signet rollout check shop --to strict
@@ -68,6 +71,10 @@ enum Command {
     Probe(probe::ProbeArgs),
     /// Show the pods of this node: mode, identity, policies, drops.
     Endpoints(endpoints::EndpointsArgs),
+    /// Show the identities that this node's kernel knows, and whose they are.
+    Identities(identities::IdentitiesArgs),
+    /// Show Services as this node knows them, and how an enrolled pod gets to each endpoint.
+    Services(services::ServicesArgs),
     /// Say what a change would break, before it is made.
     #[command(subcommand)]
     Rollout(rollout::RolloutCommand),
@@ -132,6 +139,8 @@ fn run(
         Command::Status(args) => client(status::run(args)),
         Command::Probe(args) => client(probe::run(args)),
         Command::Endpoints(args) => client(endpoints::run(args)),
+        Command::Identities(args) => client(identities::run(args)),
+        Command::Services(args) => client(services::run(args)),
         Command::Rollout(command) => client(rollout::run(command)),
         Command::Policy(command) => client(policy::run(command)),
         Command::Svid(command) => client(svid::run(command)),
@@ -263,10 +272,12 @@ spec: {rules: [{from: [{source: {principals: [cluster.local/ns/shop/sa/front]}}]
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("agent.sock");
         let check = ["policy", "check", "--from", "a/b", "--to", "a/b:1"];
-        let commands: [&[&str]; 7] = [
+        let commands: [&[&str]; 9] = [
             &["flows"],
             &["status"],
             &["endpoints"],
+            &["identities"],
+            &["services"],
             &["svid", "list"],
             &["rollout", "check", "shop", "--to", "strict"],
             &["policy", "list"],

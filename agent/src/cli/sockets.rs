@@ -3,13 +3,18 @@
 use std::{
     io,
     path::{Path, PathBuf},
+    pin::pin,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
+use futures_util::{StreamExt, stream};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::{
+    Streaming,
+    transport::{Channel, Endpoint, Uri},
+};
 
 use super::exit::{Exit, Failure};
 
@@ -108,6 +113,50 @@ pub async fn connect_all(args: &SocketArgs) -> Result<(Vec<Agent>, bool), Failur
     match (agents.is_empty(), first_failure) {
         (true, Some(failure)) => Err(failure),
         _ => Ok((agents, is_complete)),
+    }
+}
+
+/// Asks so many agents at a time.
+const AT_ONCE: usize = 32;
+
+/// Asks all agents one question; the answers come in the agents' order. Where there are several,
+/// those that cannot be reached are told on stderr, and the answer is not complete.
+///
+/// # Errors
+/// A refusal; or no answer, where there is but one agent.
+pub async fn ask_all<T>(
+    agents: &[Agent],
+    question: impl AsyncFn(&Agent) -> Result<T, Failure>,
+) -> Result<(Vec<T>, bool), Failure> {
+    let asked = stream::iter(agents).map(|agent| question(agent)).buffered(AT_ONCE);
+    let mut asked = pin!(asked);
+    let (mut answers, mut is_complete) = (Vec::new(), true);
+    while let Some(answer) = asked.next().await {
+        match answer {
+            Ok(answer) => answers.push(answer),
+            Err(failure) if agents.len() > 1 && failure.exit == Exit::Unreachable => {
+                anstream::eprintln!("warning: {failure}");
+                is_complete = false;
+            }
+            Err(failure) => return Err(failure),
+        }
+    }
+    Ok((answers, is_complete))
+}
+
+/// All parts of an answer, each of them in time.
+pub async fn all_parts<T>(
+    agent: &Agent,
+    answer: impl Future<Output = Result<tonic::Response<Streaming<T>>, tonic::Status>>,
+) -> Result<Vec<T>, Failure> {
+    let mut stream = within_time(agent, answer).await?;
+    let mut parts = Vec::new();
+    loop {
+        let next = async { stream.message().await.map(tonic::Response::new) };
+        match within_time(agent, next).await? {
+            Some(part) => parts.push(part),
+            None => return Ok(parts),
+        }
     }
 }
 

@@ -45,18 +45,9 @@ pub enum Output {
 
 /// Asks and prints.
 pub async fn run(args: StatusArgs) -> Result<Exit, Failure> {
-    let (agents, mut is_complete) = sockets::connect_all(&args.sockets).await?;
-    let mut answers = Vec::new();
-    for agent in &agents {
-        match ask(agent).await {
-            Ok(status) => answers.push(status),
-            Err(failure) if agents.len() > 1 && failure.exit == Exit::Unreachable => {
-                anstream::eprintln!("warning: {failure}");
-                is_complete = false;
-            }
-            Err(failure) => return Err(failure),
-        }
-    }
+    let (agents, is_complete) = sockets::connect_all(&args.sockets).await?;
+    let (mut answers, all_answered) = sockets::ask_all(&agents, ask).await?;
+    let is_complete = is_complete && all_answered;
     let mut text = String::new();
     match (args.output, args.all_nodes) {
         (Output::Json, _) => {

@@ -43,19 +43,13 @@ pub struct ListArgs {
 
 /// Asks and prints.
 pub async fn run(args: ListArgs) -> Result<Exit, Failure> {
-    let (agents, mut is_complete) = sockets::connect_all(&args.sockets).await?;
-    let mut answers = Vec::new();
-    for agent in &agents {
+    let (agents, is_complete) = sockets::connect_all(&args.sockets).await?;
+    let (mut answers, all_answered) = sockets::ask_all(&agents, async |agent| {
         let mut client = AdminClient::new(agent.channel.clone());
-        match sockets::within_time(agent, client.list_policies(ListPoliciesRequest {})).await {
-            Ok(answer) => answers.push(answer),
-            Err(failure) if agents.len() > 1 && failure.exit == Exit::Unreachable => {
-                anstream::eprintln!("warning: {failure}");
-                is_complete = false;
-            }
-            Err(failure) => return Err(failure),
-        }
-    }
+        sockets::within_time(agent, client.list_policies(ListPoliciesRequest {})).await
+    })
+    .await?;
+    let is_complete = is_complete && all_answered;
     if let Some(namespace) = &args.namespace {
         for answer in &mut answers {
             answer.policies.retain(|p| p.namespace.is_empty() || p.namespace == *namespace);

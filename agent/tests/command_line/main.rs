@@ -1,5 +1,7 @@
 //! The binary against agents' services on real sockets: output, warnings and exit codes.
 
+mod known;
+
 use std::{
     collections::HashMap,
     io::{BufRead, BufReader},
