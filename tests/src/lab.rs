@@ -164,7 +164,7 @@ impl Lab {
             .map(|node| {
                 let domain = options.second_domain.as_deref().filter(|_| is_second(node));
                 let followed = match &api {
-                    Some(api) => Followed::ApiServer(api.listen_in(node.netns())?),
+                    Some(api) => Followed::ApiServer(api.listen_in(node.netns(), None)?),
                     None => Followed::Directory(cluster_of(node).path().to_owned()),
                 };
                 Ok(Agent::new(Arc::clone(node), &directory, followed, domain, options))

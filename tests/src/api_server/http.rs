@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use axum::{
-    Router,
+    Extension, Router,
     body::Bytes,
     extract::{Query, Request, State as Extract},
     http::{HeaderMap, Method, StatusCode, Uri, header},
@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use super::{
     Refusal, Shared, State,
+    access::{self, Attributes, User},
     kinds::{KINDS, Kind},
     select::Selection,
     watch::{self, Wish},
@@ -40,7 +41,11 @@ impl IntoResponse for Refusal {
 }
 
 /// Who is let in, and when.
-async fn admit(Extract(shared): Extract<Arc<Shared>>, request: Request, next: Next) -> Response {
+async fn admit(
+    Extract(shared): Extract<Arc<Shared>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
     let query = request.uri().query().unwrap_or_default();
     let is_watch = query.split('&').any(|part| matches!(part, "watch=true" | "watch=1"));
     let (faults, gathering) = {
@@ -60,10 +65,10 @@ async fn admit(Extract(shared): Extract<Arc<Shared>>, request: Request, next: Ne
     if let Some(barrier) = gathering {
         barrier.wait().await;
     }
-    let wanted = format!("Bearer {}", shared.client_token);
-    if request.headers().get(header::AUTHORIZATION).is_none_or(|value| value != wanted.as_str()) {
+    let Some(user) = caller(&shared, request.headers()) else {
         return Refusal::new(401, "Unauthorized", "Unauthorized").into_response();
-    }
+    };
+    request.extensions_mut().insert(user);
     match faults.refusal {
         Some(429) => {
             return Refusal::new(429, "TooManyRequests", "too many requests").into_response();
@@ -76,6 +81,16 @@ async fn admit(Extract(shared): Extract<Arc<Shared>>, request: Request, next: Ne
     next.run(request).await
 }
 
+/// Who asks: the one that made the server, or a service account by its token.
+fn caller(shared: &Shared, headers: &HeaderMap) -> Option<User> {
+    let token = headers.get(header::AUTHORIZATION)?.to_str().ok()?.strip_prefix("Bearer ")?;
+    if token == shared.client_token {
+        return Some(User::admin());
+    }
+    let state = shared.state();
+    state.tokens.user(&state.objects, token)
+}
+
 fn parse(body: &Bytes) -> Result<Value, Refusal> {
     serde_json::from_slice(body).map_err(|e| Refusal::new(400, "BadRequest", e.to_string()))
 }
@@ -86,11 +101,33 @@ async fn answer(
     method: Method,
     uri: Uri,
     Query(params): Query<Params>,
+    Extension(user): Extension<User>,
     headers: HeaderMap,
     body: Bytes,
 ) -> Result<Response, Refusal> {
     let path: Vec<&str> = uri.path().split('/').filter(|part| !part.is_empty()).collect();
+    if headers.keys().any(|name| name.as_str().starts_with("impersonate-")) {
+        return Err(cannot("impersonation"));
+    }
+    let is_watch = params.get("watch").is_some_and(|watch| matches!(watch.as_str(), "true" | "1"));
+    let fields = params.get("fieldSelector").map(String::as_str).unwrap_or_default();
+    let wanted = Attributes::of(&method, &path, is_watch, fields);
+    shared.state().authorize(&user, &wanted)?;
     match path.as_slice() {
+        ["apis", "authentication.k8s.io", "v1", "selfsubjectreviews"] if method == Method::POST => {
+            let mut answer = parse(&body)?;
+            answer["status"] = json!({"userInfo": user.info()});
+            return Ok((StatusCode::CREATED, axum::Json(answer)).into_response());
+        }
+        ["apis", "authorization.k8s.io", "v1", reviews] if method == Method::POST => {
+            let is_own = match *reviews {
+                "subjectaccessreviews" => false,
+                "selfsubjectaccessreviews" => true,
+                other => return Err(cannot(other)),
+            };
+            let answer = access::review(&shared.state().objects, &user, is_own, parse(&body)?);
+            return Ok((StatusCode::CREATED, axum::Json(answer)).into_response());
+        }
         ["apis", "authentication.k8s.io", "v1", "tokenreviews"] if method == Method::POST => {
             return review(&shared, &body);
         }
@@ -113,7 +150,7 @@ async fn answer(
         return Ok(axum::Json(found).into_response());
     }
     let place = Place::of(&shared, &path)?;
-    let call = Call { shared, place, params, headers, body };
+    let call = Call { shared, user, wanted, place, params, headers, body };
     match (method, &call.place.name, call.param("watch")) {
         (Method::GET, None, "true" | "1") => call.watch(),
         (Method::GET, None, _) => call.list(),
@@ -188,6 +225,8 @@ impl Place {
 /// A call about objects.
 struct Call {
     shared: Arc<Shared>,
+    user: User,
+    wanted: Attributes,
     place: Place,
     params: Params,
     headers: HeaderMap,
@@ -283,6 +322,11 @@ impl Call {
                 let object = parse(&self.body)?;
                 let force = self.param("force") == "true";
                 self.shared.change(|state| {
+                    // Applying an object that is not there is creating it.
+                    if state.objects.get(kind.plural, namespace, name).is_err() {
+                        let wanted = Attributes { verb: "create".into(), ..self.wanted.clone() };
+                        state.authorize(&self.user, &wanted)?;
+                    }
                     state.objects.apply_by(kind, namespace, name, object, manager, force)
                 })?
             }

@@ -30,6 +30,17 @@ const fn core(
     Kind { group: "", versions: &["v1"], plural, kind, is_namespaced, has_status, is_custom: false }
 }
 
+/// A built-in kind of a group, `v1`.
+const fn of(
+    group: &'static str,
+    plural: &'static str,
+    kind: &'static str,
+    is_namespaced: bool,
+    has_status: bool,
+) -> Kind {
+    Kind { group, ..core(plural, kind, is_namespaced, has_status) }
+}
+
 const fn custom(
     group: &'static str,
     versions: &'static [&'static str],
@@ -43,6 +54,8 @@ const fn custom(
 
 const SIGNET: &str = "signet.dev";
 const ISTIO: &str = "security.istio.io";
+const RBAC: &str = "rbac.authorization.k8s.io";
+const ADMISSION: &str = "admissionregistration.k8s.io";
 
 /// All of them; no plural is there twice.
 pub(super) const KINDS: &[Kind] = &[
@@ -53,20 +66,46 @@ pub(super) const KINDS: &[Kind] = &[
     core("services", "Service", true, true),
     core("namespaces", "Namespace", false, true),
     core("nodes", "Node", false, true),
-    Kind {
-        group: "discovery.k8s.io",
-        plural: "endpointslices",
-        kind: "EndpointSlice",
-        has_status: false,
-        ..core("", "", true, false)
-    },
-    Kind { group: "events.k8s.io", plural: "events", kind: "Event", ..core("", "", true, false) },
-    Kind {
-        group: "networking.k8s.io",
-        plural: "networkpolicies",
-        kind: "NetworkPolicy",
-        ..core("", "", true, false)
-    },
+    of("discovery.k8s.io", "endpointslices", "EndpointSlice", true, false),
+    of("events.k8s.io", "events", "Event", true, false),
+    of("networking.k8s.io", "networkpolicies", "NetworkPolicy", true, false),
+    of("apps", "deployments", "Deployment", true, true),
+    of("apps", "daemonsets", "DaemonSet", true, true),
+    of("apps", "replicasets", "ReplicaSet", true, true),
+    of("apps", "statefulsets", "StatefulSet", true, true),
+    of("apps", "controllerrevisions", "ControllerRevision", true, false),
+    of("batch", "jobs", "Job", true, true),
+    of("policy", "poddisruptionbudgets", "PodDisruptionBudget", true, true),
+    of("coordination.k8s.io", "leases", "Lease", true, false),
+    of("storage.k8s.io", "csidrivers", "CSIDriver", false, false),
+    of(RBAC, "roles", "Role", true, false),
+    of(RBAC, "rolebindings", "RoleBinding", true, false),
+    of(RBAC, "clusterroles", "ClusterRole", false, false),
+    of(RBAC, "clusterrolebindings", "ClusterRoleBinding", false, false),
+    of(ADMISSION, "validatingadmissionpolicies", "ValidatingAdmissionPolicy", false, true),
+    of(
+        ADMISSION,
+        "validatingadmissionpolicybindings",
+        "ValidatingAdmissionPolicyBinding",
+        false,
+        false,
+    ),
+    of(
+        ADMISSION,
+        "validatingwebhookconfigurations",
+        "ValidatingWebhookConfiguration",
+        false,
+        false,
+    ),
+    of(ADMISSION, "mutatingwebhookconfigurations", "MutatingWebhookConfiguration", false, false),
+    of("apiregistration.k8s.io", "apiservices", "APIService", false, true),
+    of(
+        "apiextensions.k8s.io",
+        "customresourcedefinitions",
+        "CustomResourceDefinition",
+        false,
+        true,
+    ),
     custom("networking.k8s.io", &["v1", "v1beta1"], "servicecidrs", "ServiceCIDR", false, true),
     custom("crd.projectcalico.org", &["v1"], "ippools", "IPPool", false, false),
     custom(SIGNET, &["v1alpha1"], "identitypolicies", "IdentityPolicy", true, true),

@@ -5,19 +5,23 @@
 //! breaks off ([`Faults`]).
 //!
 //! It speaks HTTP on a loopback address and wants a bearer token; [`ApiServer::kubeconfig`]
-//! leads any client to it, [`ApiServer::listen_in`] one in another network namespace. What it
-//! cannot do (streaming lists, strategic merge patches, OpenAPI, admission, RBAC) it answers
-//! with 501 or 404.
+//! leads any client to it, [`ApiServer::listen_in`] one in another network namespace. Whoever
+//! comes with that kubeconfig's token may do everything (`system:masters`); a service account
+//! with its own token ([`ApiServer::account_kubeconfig`]) what the roles say that are in the
+//! server. What it cannot do (streaming lists, strategic merge patches, OpenAPI, admission) it
+//! answers with 501 or 404.
 
+mod access;
 mod http;
 mod kinds;
 mod objects;
+mod rights;
 mod select;
 mod tokens;
 mod watch;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -30,11 +34,15 @@ use anyhow::{Context, Result, anyhow};
 use serde_json::{Value, json};
 use tokio::sync::{Barrier, oneshot, watch as channel};
 
+pub use self::rights::{Asked, Right};
 use self::{kinds::Installed, objects::Objects, tokens::Tokens};
 use crate::netns;
 
 /// How often a watch is told that nothing happened; a real server does so every minute.
 const BOOKMARK_EVERY: Duration = Duration::from_secs(1);
+
+/// How long a pod's own token is good.
+const DAY: Duration = Duration::from_secs(24 * 3600);
 
 /// A test API server; ends when it is dropped.
 pub struct ApiServer {
@@ -65,6 +73,8 @@ struct State {
     faults: Faults,
     /// Requests by method and resource, for assertions.
     requests: BTreeMap<String, usize>,
+    /// What RBAC was asked.
+    asked: BTreeSet<Asked>,
     /// Requests of this method and resource wait for each other here.
     gathering: Option<(String, Arc<Barrier>)>,
 }
@@ -128,8 +138,12 @@ impl ApiServer {
     /// Starts one on a free loopback port, with nothing in it.
     pub fn start() -> Result<Self> {
         let directory = tempfile::tempdir().context("a directory")?;
+        let mut state = State::default();
+        for object in access::built_in() {
+            state.objects.apply(object).map_err(|refusal| anyhow!("{}", refusal.message))?;
+        }
         let shared = Arc::new(Shared {
-            state: Mutex::default(),
+            state: Mutex::new(state),
             changed: channel::Sender::new(0),
             drops: channel::Sender::new(0),
             client_token: format!("client-{}", uuid::Uuid::new_v4()),
@@ -164,15 +178,15 @@ impl ApiServer {
         let address = receiver.recv().map_err(|_| anyhow!("the server's thread has ended"))??;
         let server =
             Self { address, directory, shared, handle, stop: Some(stop), thread: Some(thread) };
-        server.write_kubeconfig(&server.kubeconfig(), address)?;
+        server.write_kubeconfig(&server.kubeconfig(), address, &server.shared.client_token)?;
         Ok(server)
     }
 
-    fn write_kubeconfig(&self, path: &Path, address: SocketAddr) -> Result<()> {
+    fn write_kubeconfig(&self, path: &Path, address: SocketAddr, token: &str) -> Result<()> {
         let config = json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "lab",
             "clusters": [{"name": "lab", "cluster": {"server": format!("http://{address}")}}],
-            "users": [{"name": "lab", "user": {"token": self.shared.client_token}}],
+            "users": [{"name": "lab", "user": {"token": token}}],
             "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "lab"}}],
         });
         fs::write(path, config.to_string()).context("the kubeconfig")
@@ -188,8 +202,56 @@ impl ApiServer {
         self.directory.path().join("kubeconfig")
     }
 
-    /// Listens on a loopback address of another network namespace, too; the kubeconfig for there.
-    pub fn listen_in(&self, namespace: &Path) -> Result<PathBuf> {
+    /// A kubeconfig with a service account's own token, good for a day, which is bound to a pod
+    /// by name.
+    pub fn account_kubeconfig(
+        &self,
+        namespace: &str,
+        account: &str,
+        pod: Option<&str>,
+    ) -> Result<PathBuf> {
+        let token = self.own_token(namespace, account, pod)?;
+        let name = format!("kubeconfig-{namespace}-{account}-{}", pod.unwrap_or_default());
+        let path = self.directory.path().join(name);
+        self.write_kubeconfig(&path, self.address, &token)?;
+        Ok(path)
+    }
+
+    /// A service account's token for this server itself, as pods are given one.
+    pub fn own_token(&self, namespace: &str, account: &str, pod: Option<&str>) -> Result<String> {
+        let mut state = self.shared.state();
+        let State { objects, tokens, .. } = &mut *state;
+        tokens
+            .issue(objects, namespace, account, &[], pod, DAY)
+            .map_err(|r| anyhow!("{}", r.message))
+    }
+
+    /// Puts what `manifests/<part>` has into the server, past admission. Kustomize's own files
+    /// are left out.
+    pub fn ship(&self, parts: &[&str]) -> Result<()> {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests");
+        for part in parts {
+            let directory = root.join(part);
+            let files =
+                fs::read_dir(&directory).with_context(|| directory.display().to_string())?;
+            for file in files {
+                let path = file.context("a manifest")?.path();
+                let is_yaml = path.extension().is_some_and(|extension| extension == "yaml");
+                if !is_yaml || path.ends_with("kustomization.yaml") {
+                    continue;
+                }
+                let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+                for object in crate::cluster_dir::parse(&text)? {
+                    self.apply(object).with_context(|| path.display().to_string())?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Listens on a loopback address of another network namespace, too; the kubeconfig for there,
+    /// with this token or the one of [`Self::kubeconfig`].
+    pub fn listen_in(&self, namespace: &Path, token: Option<&str>) -> Result<PathBuf> {
         let listener = netns::inside(namespace, || {
             let listener = std::net::TcpListener::bind("127.0.0.1:0").context("a listener")?;
             listener.set_nonblocking(true).context("a listener")?;
@@ -205,7 +267,7 @@ impl ApiServer {
         });
         let name = namespace.file_name().unwrap_or_default().to_string_lossy();
         let path = self.directory.path().join(format!("kubeconfig-{name}"));
-        self.write_kubeconfig(&path, address)?;
+        self.write_kubeconfig(&path, address, token.unwrap_or(&self.shared.client_token))?;
         Ok(path)
     }
 

@@ -80,6 +80,20 @@ impl Objects {
         self.all.get(&key(plural, namespace, name)).cloned().ok_or_else(|| missing(plural, name))
     }
 
+    /// All objects of a kind, in one namespace or (empty) in all.
+    pub(super) fn all<'a>(
+        &'a self,
+        plural: &'a str,
+        namespace: &'a str,
+    ) -> impl Iterator<Item = &'a Value> {
+        let begin = key(plural, namespace, "");
+        self.all
+            .range(begin..)
+            .take_while(move |(k, _)| k.plural == plural)
+            .filter(move |(k, _)| namespace.is_empty() || k.namespace == namespace)
+            .map(|(_, object)| object)
+    }
+
     /// A page of a list. Its revision is the first page's: what has changed since, a watch from
     /// there tells.
     pub(super) fn list(
@@ -450,7 +464,14 @@ fn checked(kind: &Kind, namespace: &str, object: Value) -> Result<(String, Value
         metadata.insert("namespace".into(), namespace.into());
     }
     let name = metadata.get("name").and_then(Value::as_str).unwrap_or_default().to_owned();
-    let label = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || b"-.".contains(&c);
+    // Roles may be named as they like, as far as paths go.
+    let is_free = kind.group == "rbac.authorization.k8s.io";
+    let label = |c: u8| {
+        c.is_ascii_lowercase()
+            || c.is_ascii_digit()
+            || b"-.".contains(&c)
+            || (is_free && c != b'/' && c != b'%')
+    };
     if name.is_empty() || name.len() > 253 || !name.bytes().all(label) {
         return Err(invalid(plural, &name, "metadata.name"));
     }

@@ -57,6 +57,14 @@ impl Selection {
     }
 }
 
+/// The one value that a selector wants of a field, if it wants exactly one.
+pub(super) fn exact(selector: &str, field: &str) -> Option<String> {
+    let terms = terms(selector).ok()?;
+    let mut fitting = terms.iter().filter(|term| term.key == field && term.is_in && !term.exists);
+    let values = &fitting.next()?.values;
+    (values.len() == 1).then(|| values[0].clone())
+}
+
 impl Term {
     fn fits(&self, value: Option<String>) -> bool {
         match value {

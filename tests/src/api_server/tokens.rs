@@ -7,7 +7,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::{Refusal, objects::Objects};
+use super::{Refusal, access::User, objects::Objects};
 
 /// The audience of a token that names none.
 const OWN_AUDIENCE: &str = "https://kubernetes.default.svc";
@@ -91,6 +91,12 @@ impl Tokens {
         Ok(request)
     }
 
+    /// Whose token this is, for requests to this server.
+    pub(super) fn user(&self, objects: &Objects, token: &str) -> Option<User> {
+        let status = self.judge(objects, token, &[OWN_AUDIENCE.to_owned()]).ok()?;
+        Some(User::of_review(&status["user"]))
+    }
+
     /// `TokenReview`: the object with its status.
     pub(super) fn review(&self, objects: &Objects, mut review: Value) -> Value {
         let wanted: Vec<String> =
@@ -146,7 +152,11 @@ impl Tokens {
             "user": {
                 "username": format!("system:serviceaccount:{}:{}", known.namespace, known.account),
                 "uid": known.account_uid,
-                "groups": ["system:serviceaccounts", "system:authenticated"],
+                "groups": [
+                    "system:serviceaccounts",
+                    format!("system:serviceaccounts:{}", known.namespace),
+                    "system:authenticated",
+                ],
                 "extra": extra,
             },
         }))

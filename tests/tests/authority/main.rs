@@ -6,3 +6,4 @@ mod client;
 mod issuing;
 mod oidc;
 mod replicas;
+mod rights;

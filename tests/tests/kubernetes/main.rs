@@ -5,8 +5,9 @@ mod board;
 mod events;
 mod faults;
 mod following;
+mod rights;
 
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
@@ -40,12 +41,17 @@ impl Followed {
     }
 
     fn of(api: Arc<ApiServer>, node: &str) -> Result<Self> {
+        let kubeconfig = api.kubeconfig();
+        Self::with(api, node, kubeconfig)
+    }
+
+    fn with(api: Arc<ApiServer>, node: &str, kubeconfig: PathBuf) -> Result<Self> {
         let common = SourceParams::new(TrustDomain::parse("cluster.local")?);
         let (source, board) = KubernetesSource::start(KubernetesParams {
             common,
             node: node.into(),
             namespace: Some("signet-system".into()),
-            kubeconfig: Some(api.kubeconfig()),
+            kubeconfig: Some(kubeconfig),
             watch_timeout: WATCH_TIMEOUT,
         })?;
         let worlds = source.worlds();
