@@ -58,6 +58,11 @@ impl Selection {
     }
 }
 
+/// Lines of a failed test's output that are repeated at the end.
+const FAILURE_LINES: usize = 12;
+/// Characters of each of them.
+const FAILURE_WIDTH: usize = 400;
+
 /// The circumstances under which the end-to-end suite runs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
 enum Variant {
@@ -103,10 +108,29 @@ struct Count {
     ignored: u64,
 }
 
+/// What the test programs printed of the tests that failed.
+///
+/// A long run's last lines are what is at hand when it failed somewhere else, so they name
+/// every failed test and what it said.
+#[derive(PartialEq, Eq, Default, Debug)]
+struct Failures {
+    tests: Vec<FailedTest>,
+    /// The last test's output is being read.
+    reading: bool,
+}
+
+/// A failed test and the beginning of its output.
+#[derive(PartialEq, Eq, Debug)]
+struct FailedTest {
+    name: String,
+    lines: Vec<String>,
+}
+
 /// One part of the run and how it ended.
 struct Part {
     name: String,
     count: Count,
+    failures: Failures,
     /// The test programs ran to their end and none failed.
     ok: bool,
     took: Duration,
@@ -157,6 +181,7 @@ fn fuzzed(workspace: &Workspace, all: bool) -> anyhow::Result<Part> {
     Ok(Part {
         name: "fuzz targets".to_owned(),
         count: Count { passed, failed, ignored: 0 },
+        failures: Failures::default(),
         ok: failed == 0,
         took: start.elapsed(),
     })
@@ -237,16 +262,38 @@ fn part(name: &str, command: &mut Command) -> anyhow::Result<Part> {
         .spawn()
         .with_context(|| format!("`{}` could not be started", command::shown(command)))?;
     let mut count = Count::default();
+    let mut failures = Failures::default();
     if let Some(stdout) = child.stdout.take() {
         for line in BufReader::new(stdout).split(b'\n') {
             let line = line.context("the test programs' output cannot be read")?;
             let line = String::from_utf8_lossy(&line);
             println!("{line}");
             count.add(&line);
+            failures.add(&line);
         }
     }
     let status = child.wait().context("the test programs cannot be waited for")?;
-    Ok(Part { name: name.to_owned(), count, ok: status.success(), took: start.elapsed() })
+    Ok(Part { name: name.to_owned(), count, failures, ok: status.success(), took: start.elapsed() })
+}
+
+impl Failures {
+    /// Takes a line of a test program's output: `---- NAME stdout ----` begins a failed test's,
+    /// `failures:` ends the last one's.
+    fn add(&mut self, line: &str) {
+        let heading = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----"));
+        if let Some(name) = heading {
+            self.tests.push(FailedTest { name: name.to_owned(), lines: Vec::new() });
+            self.reading = true;
+        } else if line == "failures:" || line.starts_with("test result: ") {
+            self.reading = false;
+        } else if let Some(test) = self.tests.last_mut()
+            && self.reading
+            && !line.trim().is_empty()
+            && test.lines.len() < FAILURE_LINES
+        {
+            test.lines.push(line.chars().take(FAILURE_WIDTH).collect());
+        }
+    }
 }
 
 impl Count {
@@ -266,12 +313,20 @@ impl Count {
     }
 }
 
-/// Prints a line a part, then the sum; fails unless every part passed and tested something.
+/// Prints the failed tests, a line a part, then the sum; fails unless every part passed and tested something.
 fn conclude(parts: &[Part], filter: Option<&str>) -> anyhow::Result<()> {
     let mut sum = Count::default();
     let mut bad = Vec::new();
     println!();
-    for Part { name, count, ok, took } in parts {
+    for part in parts {
+        for FailedTest { name, lines } in &part.failures.tests {
+            println!("FAILED {name} ({})", part.name);
+            for line in lines {
+                println!("    {line}");
+            }
+        }
+    }
+    for Part { name, count, ok, took, .. } in parts {
         let verdict = match (ok, count.passed) {
             (false, _) => "FAILED",
             (true, 0) if filter.is_none() => "NO TEST RAN",
@@ -325,10 +380,30 @@ mod tests {
     }
 
     #[test]
+    fn failed_tests_are_kept_with_what_they_said() {
+        let mut failures = Failures::default();
+        let output = "test one::fails ... FAILED\n\nfailures:\n\n---- one::fails stdout ----\n\n\
+                      thread 'one::fails' panicked at x.rs:1:1:\nno answer\n\n---- two stdout \
+                      ----\nrefused\n\n\nfailures:\n    one::fails\n    two\n\ntest result: FAILED.";
+        output.lines().for_each(|line| failures.add(line));
+        let expected = [
+            ("one::fails", vec!["thread 'one::fails' panicked at x.rs:1:1:", "no answer"]),
+            ("two", vec!["refused"]),
+        ];
+        let found: Vec<(&str, Vec<&str>)> = failures
+            .tests
+            .iter()
+            .map(|test| (test.name.as_str(), test.lines.iter().map(String::as_str).collect()))
+            .collect();
+        assert_eq!(found, expected);
+    }
+
+    #[test]
     fn a_part_that_fails_or_tests_nothing_fails_the_run() {
         let part = |passed, failed, ok| Part {
             name: "x".into(),
             count: Count { passed, failed, ignored: 0 },
+            failures: Failures::default(),
             ok,
             took: Duration::ZERO,
         };
