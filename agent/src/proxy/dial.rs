@@ -27,6 +27,9 @@ use crate::{
     },
 };
 
+/// How long before its certificates run out a client gives a tunnel up, at most.
+const AHEAD: Duration = Duration::from_secs(5);
+
 /// What flows must have in common to share a tunnel connection.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct TunnelKey {
@@ -190,7 +193,17 @@ async fn attempt(
             }
         }
     });
-    Ok(Dialled { client, stamp, deadline: deadline(not_after), peer: proven })
+    let now = Instant::now();
+    let deadline = now.checked_add(usable_for(not_after, Timestamp::now())).unwrap_or(now);
+    Ok(Dialled { client, stamp, deadline, peer: proven })
+}
+
+/// How long a client begins flows on a tunnel whose certificates run out at `not_after`: somewhat
+/// less than they last, so that a flow that is on its way at their end, or a server whose clock
+/// is ahead, does not meet it.
+fn usable_for(not_after: Timestamp, now: Timestamp) -> Duration {
+    let left = Duration::try_from(now.duration_until(not_after)).unwrap_or_default();
+    left - AHEAD.min(left / 10)
 }
 
 /// A TCP connection from the pod's own namespace and address.
@@ -224,4 +237,19 @@ pub fn deadline(until: Timestamp) -> Instant {
 /// Stamp of the connections that a dial begun now would make.
 pub fn current_stamp(plane: &Plane, identity: &SpiffeId) -> Option<Stamp> {
     plane.svids.get(identity).map(|svid| plane.stamp(&svid))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tunnel_is_given_up_before_its_certificates_run_out() {
+        let now = Timestamp::UNIX_EPOCH;
+        let after = |seconds: u64| now.checked_add(Duration::from_secs(seconds)).unwrap();
+        assert_eq!(usable_for(after(3600), now), Duration::from_secs(3595));
+        assert_eq!(usable_for(after(10), now), Duration::from_secs(9));
+        assert_eq!(usable_for(now, now), Duration::ZERO);
+        assert_eq!(usable_for(now, after(10)), Duration::ZERO, "they ran out");
+    }
 }

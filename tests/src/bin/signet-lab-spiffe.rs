@@ -5,12 +5,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::{
-    collections::BTreeSet,
-    net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::BTreeSet, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
@@ -146,36 +141,30 @@ async fn call(to: SocketAddr, peer: &str) -> Result<()> {
     let source = X509Source::new().await.context("X509Source")?;
     let config = mtls_client(source.clone()).authorize(authorizer::exact([peer])?).build()?;
     let connector = TlsConnector::from(Arc::new(config));
-    let seen = Arc::new(Mutex::new((0u64, BTreeSet::new(), Vec::new())));
-    let calling = async {
-        loop {
-            let result = exchange(&connector, to).await;
-            {
-                let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
-                match result {
-                    Ok(leaf) => {
-                        seen.0 += 1;
-                        seen.1.insert(leaf);
-                    }
-                    Err(error) => seen.2.push(format!("{error:#}")),
-                }
-                if seen.0 + seen.2.len() as u64 == 1 {
-                    say(&json!({"event": "first", "failures": seen.2}));
-                }
+    let (mut exchanges, mut certificates, mut failures) = (0u64, BTreeSet::new(), Vec::new());
+    let mut told = pin!(told());
+    // The last exchange is brought to its end: the server would see one that is cut as a failure.
+    loop {
+        match exchange(&connector, to).await {
+            Ok(leaf) => {
+                exchanges += 1;
+                certificates.insert(leaf);
             }
-            time::sleep(Duration::from_millis(50)).await;
+            Err(error) => failures.push(format!("{error:#}")),
         }
-    };
-    tokio::select! {
-        () = calling => {}
-        () = told() => {}
+        if exchanges + failures.len() as u64 == 1 {
+            say(&json!({"event": "first", "failures": failures}));
+        }
+        tokio::select! {
+            () = time::sleep(Duration::from_millis(50)) => {}
+            () = &mut told => break,
+        }
     }
-    let seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
     say(&json!({
         "event": "report",
-        "exchanges": seen.0,
-        "peerCertificates": seen.1.len(),
-        "failures": seen.2,
+        "exchanges": exchanges,
+        "peerCertificates": certificates.len(),
+        "failures": failures,
     }));
     Ok(())
 }
