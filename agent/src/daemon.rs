@@ -5,7 +5,7 @@ mod events;
 mod identity;
 mod picture;
 
-use std::{io, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
 use crate::{
-    admin::{Admin, IssuerFacts, socket::AdminSocket},
+    admin::{self, Admin, IssuerFacts, socket::AdminSocket},
     cluster::{
         enrolment::{BoardError, EnrolmentBoard},
         files::FilesError,
@@ -51,7 +51,7 @@ use crate::{
     },
     telemetry::{
         logging::{self, LogError},
-        metrics::{Metrics, MetricsServer},
+        metrics::{Metrics, PageServer, metrics_page, ready_page},
     },
     trust::{Trust, follow},
     workload_api::{self, WorkloadApi, WorkloadApiDeps},
@@ -261,13 +261,16 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         flow::Edges::default()
     });
     let access_log = AccessLogSettings::new(config.access_log, config.access_log_per_second);
-    let (recorder, collector) =
-        flow::start(flow::Limits::default(), edges.clone(), access_log.clone());
+    let istio = flow::IstioMetrics::default();
+    let sinks =
+        flow::Sinks { edges: edges.clone(), access: access_log.clone(), istio: istio.clone() };
+    let (recorder, collector) = flow::start(flow::Limits::default(), sinks);
     let log = recorder.log();
     let (stop, ended) = (CancellationToken::new(), CancellationToken::new());
     let mut following = identity.follow(stop.clone());
     let mut remembering = tokio::spawn(keep(edges.clone(), history, ended.clone()));
     let mut metrics = Metrics::default();
+    istio.register(&mut metrics);
     let svid_metrics = SvidMetrics::register(&mut metrics);
     let svid_params =
         SvidParams { metrics: (svid_metrics, Purpose::Tunnel), ..SvidParams::default() };
@@ -320,7 +323,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     let mut federating = tokio::spawn(federate(world.clone(), trust.clone(), federation_failures));
     let (report, kernel_report) = watch::channel(reconcile::KernelReport::default());
     let (config_changes, live_config) = watch::channel(Arc::new(config.clone()));
-    let (metrics_problem, metrics_problems) = watch::channel(None);
+    let (page_problem, page_problems) = watch::channel(BTreeMap::new());
     let pulse = reconcile::Pulse::default();
     let picture = Arc::new(Picture {
         node: config.node.as_str().into(),
@@ -344,7 +347,8 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         edges: edges.clone(),
         workloads,
         foreign_bundles,
-        metrics: metrics_problems,
+        pages: page_problems,
+        istio,
         pulse: pulse.clone(),
         newest: Newest::new(started),
     });
@@ -352,13 +356,18 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         let picture = picture.clone();
         move || picture.readings()
     });
-    let mut measuring = match config.metrics_listen {
-        Some(address) => {
-            let server = MetricsServer { address, metrics: metrics.shared() };
-            tokio::spawn(server.run(move |problem| drop(metrics_problem.send_replace(problem))))
-        }
-        None => tokio::spawn(std::future::pending()),
-    };
+    let pages = [
+        ("metricsListen", config.metrics_listen, metrics_page(metrics.shared())),
+        (
+            "readyListen",
+            config.ready_listen,
+            ready_page({
+                let picture = picture.clone();
+                move || admin::readiness(&picture.take())
+            }),
+        ),
+    ];
+    let mut measuring = tokio::spawn(serve_pages(pages, page_problem));
     let counted = plane.clone();
     let deps = reconcile::Deps {
         world,
@@ -428,7 +437,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
             ended = &mut recording => break Err(ended_as("the recorder of closed flows", joined(ended))),
             ended = &mut collector => break Err(ended_as("the flow log", joined(ended))),
             ended = &mut remembering => break Err(ended_as("the history of flows", joined(ended))),
-            ended = &mut measuring => break Err(ended_as("the metrics' server", joined(ended))),
+            ended = &mut measuring => break Err(ended_as("the servers of metrics and readiness", joined(ended))),
             ended = &mut following => break Err(ended_as("the authority's follower", joined(ended))),
             () = svids.ended() => break Err(ended_as("the SVID manager", "its task is gone".into())),
             why = plane.failed() => break Err(ended_as("the data plane", why)),
@@ -553,4 +562,28 @@ fn data_plane_config(config: &AgentConfig) -> DataPlaneConfig {
         plane.cores = cores.max(1);
     }
     plane
+}
+
+/// Serves the pages that are asked for, each on its address; `problems` holds why one is not.
+async fn serve_pages<const N: usize>(
+    pages: [(&'static str, Option<SocketAddr>, axum::Router); N],
+    problems: watch::Sender<BTreeMap<&'static str, String>>,
+) {
+    let mut serving = tokio::task::JoinSet::new();
+    for (key, address, page) in pages {
+        let Some(address) = address else { continue };
+        let problems = problems.clone();
+        let told = move |problem: Option<String>| {
+            problems.send_modify(|all| match problem {
+                Some(problem) => drop(all.insert(key, problem)),
+                None => drop(all.remove(key)),
+            });
+        };
+        serving.spawn(PageServer { key, address, page }.run(told));
+    }
+    // Without a page there is nothing to end; one that ends has panicked.
+    match serving.join_next().await {
+        Some(_) => {}
+        None => std::future::pending().await,
+    }
 }

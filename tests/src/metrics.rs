@@ -45,7 +45,16 @@ impl Metrics {
                 }
                 continue;
             }
-            let (key, value) = line.rsplit_once(' ').with_context(|| line.to_owned())?;
+            // An exemplar follows the value; it tells one of the events that were counted.
+            let (sample, exemplar) = match line.split_once(" # {") {
+                Some((sample, exemplar)) => (sample, Some(exemplar)),
+                None => (line, None),
+            };
+            if let Some(exemplar) = exemplar {
+                let (labels, _) = exemplar.split_once("} ").with_context(|| line.to_owned())?;
+                labels_of(labels)?;
+            }
+            let (key, value) = sample.rsplit_once(' ').with_context(|| line.to_owned())?;
             let (name, labels) = match key.split_once('{') {
                 Some((name, labels)) => {
                     (name, labels_of(labels.strip_suffix('}').with_context(|| line.to_owned())?)?)
@@ -53,7 +62,7 @@ impl Metrics {
                 None => (key, BTreeMap::new()),
             };
             ensure!(name.starts_with(&family) && !family.is_empty(), "{line}: not of {family}");
-            ensure!(name.starts_with("signet_"), "{line}");
+            ensure!(name.starts_with("signet_") || name.starts_with(ISTIO), "{line}");
             let value = value.parse().with_context(|| line.to_owned())?;
             let before = samples.insert((name.to_owned(), labels), value);
             ensure!(before.is_none(), "{line}: there twice");
@@ -61,10 +70,10 @@ impl Metrics {
         Ok(Self(samples))
     }
 
-    /// The sum of the samples of this name (without `signet_`) that have these labels; 0 when
-    /// there is none.
+    /// The sum of the samples of this name (without `signet_`, but with `istio_`) that have these
+    /// labels; 0 when there is none.
     pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
-        let name = format!("signet_{name}");
+        let name = whole(name);
         self.0
             .iter()
             .filter(|((of, has), _)| {
@@ -75,9 +84,9 @@ impl Metrics {
             .sum()
     }
 
-    /// The samples of a name (without `signet_`).
+    /// The samples of a name (without `signet_`, but with `istio_`).
     pub fn of(&self, name: &str) -> Vec<(&BTreeMap<String, String>, f64)> {
-        let name = format!("signet_{name}");
+        let name = whole(name);
         self.0.iter().filter(|((of, _), _)| *of == name).map(|((_, l), v)| (l, *v)).collect()
     }
 
@@ -103,10 +112,23 @@ impl Metrics {
         self.0.len()
     }
 
-    /// True when some label has this value.
-    pub fn tells(&self, value: &str) -> bool {
-        self.0.keys().any(|(_, labels)| labels.values().any(|v| v.contains(value)))
+    /// Names of the metrics with a label that has this value in it, Istio's apart.
+    pub fn tellers(&self, value: &str) -> BTreeSet<&str> {
+        self.0
+            .keys()
+            .filter(|(name, labels)| {
+                !name.starts_with(ISTIO) && labels.values().any(|v| v.contains(value))
+            })
+            .map(|(name, _)| name.as_str())
+            .collect()
     }
+}
+
+/// What Istio's names begin with.
+const ISTIO: &str = "istio_tcp_";
+
+fn whole(name: &str) -> String {
+    if name.starts_with(ISTIO) { name.to_owned() } else { format!("signet_{name}") }
 }
 
 /// `a="b",c="d"`, with the escapes of the text form.
@@ -150,7 +172,11 @@ mod tests {
         let metrics = Metrics::parse(&format!("{good}# EOF\n")).unwrap();
         assert_eq!(metrics.sum("a_total", &[("b", "c,\"")]), 2.0);
         assert_eq!(metrics.sum("a_total", &[("b", "d")]), 0.0);
-        assert!(metrics.tells("c,") && metrics.series() == 1 && metrics.of("a_total").len() == 1);
+        assert!(
+            !metrics.tellers("c,").is_empty()
+                && metrics.series() == 1
+                && metrics.of("a_total").len() == 1
+        );
         for bad in [
             good.to_owned(),
             format!("{good}{good}# EOF\n"),

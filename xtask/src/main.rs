@@ -13,6 +13,7 @@ mod failure;
 mod fuzz;
 mod image;
 mod manifests;
+mod monitoring;
 mod setup;
 mod spiffe_python;
 mod test;

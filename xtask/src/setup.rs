@@ -10,6 +10,7 @@ use anyhow::Context as _;
 use crate::{
     command,
     failure::Failure,
+    monitoring,
     toolchain::{self, BPF_LINKER, Compiler, Kind, OLDEST_RUSTC, Toolchain, Version},
     workspace::{self, Workspace},
 };
@@ -32,6 +33,7 @@ const COMPILER_PACKAGES: &[[&str; 3]] =
 pub fn run(workspace: &Workspace) -> anyhow::Result<Toolchain> {
     let mut apt = Apt::default();
     programs(&mut apt)?;
+    monitoring::install(workspace)?;
     let compiler = compiler(&mut apt)?;
     let bpf_linker = match toolchain::find_bpf_linker() {
         Some(path) => path,

@@ -28,6 +28,7 @@ pub use self::inputs::{
     DropCount, EnforcementState, IssuerFacts, KernelFacts, StatusInputs, SvidFacts, SvidState,
 };
 use self::policies::Unanswered;
+pub use self::probe::readiness;
 use crate::{
     endpoint::reconcile::Survey,
     flow::{Edges, FlowLog},

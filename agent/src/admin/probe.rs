@@ -28,6 +28,15 @@ pub(super) fn answer(inputs: &StatusInputs, kind: Kind, now: Timestamp) -> Probe
     }
 }
 
+/// Whether the agent is ready, and why it is or is not.
+///
+/// # Errors
+/// The reason why it is not.
+pub fn readiness(inputs: &StatusInputs) -> Result<String, String> {
+    let ProbeResponse { ok, reason } = answer(inputs, Kind::Ready, Timestamp::now());
+    if ok { Ok(reason) } else { Err(reason) }
+}
+
 fn not_live(inputs: &StatusInputs, now: Timestamp) -> Option<String> {
     let (since, what) = match inputs.since_turn {
         Some(since) => (since, "the reconciler turned last"),

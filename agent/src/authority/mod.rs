@@ -56,7 +56,7 @@ use crate::{
     spiffe::{SpiffeIdError, TrustDomain},
     telemetry::{
         logging::{self, LogError},
-        metrics::{Metrics, serve as serve_metrics},
+        metrics::{Metrics, metrics_page, serve as serve_page},
     },
 };
 
@@ -255,7 +255,7 @@ async fn serve(config: Arc<AuthorityConfig>) -> Result<(), AuthorityError> {
     });
     let (mut measuring, metrics_address) = match metrics_listener {
         Some((listener, address)) => {
-            (tokio::spawn(serve_metrics(listener, registry.shared())), Some(address))
+            (tokio::spawn(serve_page(listener, metrics_page(registry.shared()))), Some(address))
         }
         None => (tokio::spawn(std::future::pending()), None),
     };

@@ -441,6 +441,11 @@ keys! {
         "Where metrics are served at /metrics, over HTTP and to everybody who can connect."
         set(c, v) { c.metrics_listen = listener(one(v)?)?; }
         get(c) vec![shown_listener(c.metrics_listen)];
+    "readyListen" Restart false "address:port|off"
+        "Where readiness is served at /healthz/ready, over HTTP and to everybody who can connect: \
+         200, or 503 with the reason."
+        set(c, v) { c.ready_listen = listener(one(v)?)?; }
+        get(c) vec![shown_listener(c.ready_listen)];
     "cores" Restart false "number" "Data-plane threads; the default is one a core."
         set(c, v) { c.cores = Some(number(v, 1, 1024)?); }
         get(c) shown(c.cores.as_slice());

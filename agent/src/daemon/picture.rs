@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError},
+    time::Instant,
 };
 
 use jiff::Timestamp;
@@ -20,10 +21,11 @@ use crate::{
         source::ClusterSource,
     },
     endpoint::{
+        self,
         reconcile::{KernelReport, Pulse},
         state::NodeStateHandle,
     },
-    flow::{Edges, FlowLog, LostCause, Recorder},
+    flow::{Edges, FlowLog, IstioMetrics, LostCause, Recorder},
     kernel::Counters,
     proxy::DataPlaneHandle,
     spiffe::TrustDomain,
@@ -53,8 +55,9 @@ pub(super) struct Picture {
     pub(super) edges: Edges,
     pub(super) workloads: WorkloadApiHandle,
     pub(super) foreign_bundles: watch::Receiver<Failures>,
-    /// Why metrics are not served, if they are not.
-    pub(super) metrics: watch::Receiver<Option<String>>,
+    /// Why pages are not served, if they are not, by the configuration's key.
+    pub(super) pages: watch::Receiver<BTreeMap<&'static str, String>>,
+    pub(super) istio: IstioMetrics,
     pub(super) pulse: Pulse,
     pub(super) newest: Newest,
 }
@@ -70,8 +73,12 @@ impl Picture {
             subject: format!("trust domain {domain}"),
             message: message.clone(),
         }));
-        let metrics = self.metrics.borrow().clone();
-        problems.extend(metrics.map(|message| Problem { subject: "metrics".into(), message }));
+        problems.extend(
+            self.pages
+                .borrow()
+                .values()
+                .map(|message| Problem { subject: "metrics".into(), message: message.clone() }),
+        );
         let drops = match self.counters.drops() {
             Ok(drops) => drops.into_iter().map(|(key, count)| DropCount { key, count }).collect(),
             Err(error) => {
@@ -182,6 +189,14 @@ impl Picture {
         let mut all = self.counters();
         all.extend(self.log.totals().readings());
         all.extend(self.edges.readings());
+        let state = self.state.current();
+        let pods = state.endpoints.values().map(|endpoint| {
+            let name = &endpoint.pod.name;
+            (name.namespace.clone(), name.name.clone())
+        });
+        self.istio.retain(&pods.collect(), Instant::now());
+        all.extend(self.istio.readings());
+        all.extend(endpoint::metrics::readings(&state, &self.report.borrow()));
         let mut drops = BTreeMap::<&str, u64>::new();
         for (key, count) in self.counters.drops().unwrap_or_default() {
             let reason = Reason::from_u16(key.reason).unwrap_or(Reason::Internal);

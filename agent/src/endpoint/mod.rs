@@ -6,6 +6,7 @@ mod apply;
 pub mod check;
 pub mod discovery;
 pub mod identities;
+pub mod metrics;
 pub mod phase;
 pub mod plan;
 pub mod probes;

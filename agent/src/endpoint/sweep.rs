@@ -20,12 +20,27 @@ const ATTESTATION: Duration = Duration::from_secs(24 * 3600);
 /// Marks a UDP flow that began outside; the rest of the number is a revision.
 const INGRESS_BIT: u64 = 1 << 63;
 
-/// Sweeps every table; `registered` are the network namespaces of this node's pods, and
+/// How full a map of the kernel is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MapFill {
+    /// Its name.
+    pub map: &'static str,
+    /// Rows in it.
+    pub rows: u64,
+    /// Rows that it has room for.
+    pub capacity: u64,
+}
+
+/// Sweeps every table and tells how full those are that fill up; `registered` are the network namespaces of this node's pods, and
 /// `now` is the kernel's monotonic clock.
 ///
 /// # Errors
 /// Names the map. The others are swept at the next turn.
-pub fn sweep(maps: &mut Maps, registered: &BTreeSet<u64>, now: u64) -> Result<(), KernelError> {
+pub fn sweep(
+    maps: &mut Maps,
+    registered: &BTreeSet<u64>,
+    now: u64,
+) -> Result<Vec<MapFill>, KernelError> {
     let old = |then: u64, limit: Duration| u128::from(now.saturating_sub(then)) > limit.as_nanos();
     let gone = |netns: u64| !registered.contains(&netns);
     drop_rows(&mut maps.originals, |_, v| old(v.time, HANDOVER))?;
@@ -35,7 +50,27 @@ pub fn sweep(maps: &mut Maps, registered: &BTreeSet<u64>, now: u64) -> Result<()
     drop_rows(&mut maps.tunnels, |key, _| gone(key.netns))?;
     drop_rows(&mut maps.attested, |_, v| old(v.time, ATTESTATION))?;
     drop_rows(&mut maps.drops, |k, _| gone(k.netns))?;
-    drop_rows(&mut maps.rate, |netns, _| gone(*netns))
+    drop_rows(&mut maps.rate, |netns, _| gone(*netns))?;
+    Ok(vec![
+        fill(&maps.pods)?,
+        fill(&maps.own)?,
+        fill(&maps.addresses)?,
+        fill(&maps.services)?,
+        fill(&maps.exempt)?,
+        fill(&maps.originals)?,
+        fill(&maps.clients)?,
+        fill(&maps.udp_flows)?,
+        fill(&maps.tunnels)?,
+        fill(&maps.attested)?,
+        fill(&maps.drops)?,
+        fill(&maps.identities)?,
+        fill(&maps.names)?,
+    ])
+}
+
+fn fill<K: Pod, V: Pod>(table: &Table<K, V>) -> Result<MapFill, KernelError> {
+    let rows = table.count()?;
+    Ok(MapFill { map: table.name(), rows, capacity: table.capacity() })
 }
 
 /// Makes every UDP flow of an earlier process be judged again: that process's revisions

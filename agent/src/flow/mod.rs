@@ -9,6 +9,7 @@ pub mod edges;
 #[cfg(test)]
 pub(crate) mod example;
 mod hits;
+pub mod istio_metrics;
 pub mod kernel_events;
 pub mod merge;
 pub mod parties;
@@ -17,5 +18,8 @@ pub mod recorder;
 pub mod ring;
 
 pub use edges::Edges;
+pub use istio_metrics::IstioMetrics;
 pub use record::{FlowEvent, FlowRecord, KnownBy, Party, Reporter, Via};
-pub use recorder::{Collector, FlowLog, Followed, Follower, Limits, LostCause, Recorder, start};
+pub use recorder::{
+    Collector, FlowLog, Followed, Follower, Limits, LostCause, Recorder, Sinks, start,
+};

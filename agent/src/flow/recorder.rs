@@ -6,7 +6,7 @@
 //! records. What finds no place is counted by cause.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     hash::{BuildHasher, RandomState},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -23,6 +23,7 @@ use super::{
     access_log::{AccessLog, AccessLogSettings},
     edges::Edges,
     hits::Hits,
+    istio_metrics::IstioMetrics,
     record::{FlowEvent, FlowRecord},
     ring::Ring,
 };
@@ -102,6 +103,7 @@ pub struct Collector {
     shared: Arc<Shared>,
     edges: Edges,
     access: AccessLog,
+    istio: IstioMetrics,
 }
 
 /// Reads the ring.
@@ -167,7 +169,10 @@ impl Totals {
                 verdicts = verdicts.labelled(labels, count);
             }
         }
-        let drops = self.drops_by_reason.iter().map(|(r, n)| (reason::name(*r), *n));
+        // Also those that never were: a counter that begins at 1 has not grown.
+        let mut drops: BTreeMap<&str, u64> =
+            Reason::ALL.iter().map(|reason| (reason::name(*reason), 0)).collect();
+        drops.extend(self.drops_by_reason.iter().map(|(r, n)| (reason::name(*r), *n)));
         let lost = self.lost.iter().map(|(cause, n)| (cause.name(), *n));
         vec![
             verdicts,
@@ -178,9 +183,19 @@ impl Totals {
     }
 }
 
-/// Makes a recorder and the collector that serves it, which counts in `edges`, too, and writes
-/// the access log.
-pub fn start(limits: Limits, edges: Edges, access: AccessLogSettings) -> (Recorder, Collector) {
+/// Who else gets every record that reaches the ring.
+#[derive(Clone, Debug, Default)]
+pub struct Sinks {
+    /// The history of flows.
+    pub edges: Edges,
+    /// The access log.
+    pub access: AccessLogSettings,
+    /// Istio's metrics.
+    pub istio: IstioMetrics,
+}
+
+/// Makes a recorder and the collector that serves it and `sinks`.
+pub fn start(limits: Limits, sinks: Sinks) -> (Recorder, Collector) {
     let (tx, rx) = mpsc::channel(limits.queue.max(16));
     let shared = Arc::new(Shared {
         state: Mutex::new(State {
@@ -196,8 +211,10 @@ pub fn start(limits: Limits, edges: Edges, access: AccessLogSettings) -> (Record
         drops: Default::default(),
         lost: Default::default(),
     });
+    let Sinks { edges, access, istio } = sinks;
     let access = AccessLog::new(access);
-    (Recorder { queue: tx, shared: shared.clone() }, Collector { queue: rx, shared, edges, access })
+    let collector = Collector { queue: rx, shared: shared.clone(), edges, access, istio };
+    (Recorder { queue: tx, shared }, collector)
 }
 
 impl Recorder {
@@ -254,6 +271,7 @@ impl Collector {
             for Queued { record, origin, .. } in &batch {
                 self.edges.record(record);
                 self.access.tell(record, *origin == Origin::Kernel, now);
+                self.istio.count(record, *origin == Origin::Proxy);
             }
             let mut state = self.shared.state();
             state.losses.sample(Timestamp::now(), &self.shared.lost);
@@ -548,7 +566,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_recorded_is_found() {
-        let (recorder, collector) = start(SMALL, Edges::default(), AccessLogSettings::default());
+        let (recorder, collector) = start(SMALL, Sinks::default());
         let log = recorder.log();
         recorder.record(allowed());
         recorder.record(denied());
@@ -571,7 +589,7 @@ mod tests {
     /// The collector does not run at all: the worst that a data plane can do to it.
     #[tokio::test]
     async fn a_flood_costs_other_pods_nothing_and_every_loss_is_counted() {
-        let (recorder, collector) = start(SMALL, Edges::default(), AccessLogSettings::default());
+        let (recorder, collector) = start(SMALL, Sinks::default());
         let log = recorder.log();
         for _ in 0..1000 {
             recorder.record(allowed());
@@ -594,7 +612,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_last_quarter_of_the_queue_is_for_drops() {
-        let (recorder, _collector) = start(SMALL, Edges::default(), AccessLogSettings::default());
+        let (recorder, _collector) = start(SMALL, Sinks::default());
         // Sixteen pods, eight records each: more than the queue holds.
         for n in 0..16 {
             let mut record = allowed();
@@ -611,7 +629,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_follower_gets_each_later_record_once() {
-        let (recorder, collector) = start(SMALL, Edges::default(), AccessLogSettings::default());
+        let (recorder, collector) = start(SMALL, Sinks::default());
         let log = recorder.log();
         let collecting = tokio::spawn(collector.run());
         recorder.record(allowed());
@@ -638,8 +656,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_slow_follower_is_told_how_much_it_lost() {
-        let (recorder, collector) =
-            start(Limits::default(), Edges::default(), AccessLogSettings::default());
+        let (recorder, collector) = start(Limits::default(), Sinks::default());
         let (_, mut follower) = recorder.log().follow(everything()).unwrap();
         let collecting = tokio::spawn(collector.run());
         for n in 0..FOLLOWER_QUEUE as u64 + 500 {

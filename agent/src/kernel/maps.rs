@@ -74,6 +74,7 @@ pub(super) const PINNED: [&str; 29] = [
 pub struct Table<K: Pod, V: Pod> {
     name: &'static str,
     map: HashMap<MapData, K, V>,
+    capacity: u32,
 }
 
 /// Every map that user space reads or writes.
@@ -238,26 +239,52 @@ impl<K: Pod, V: Pod> Table<K, V> {
 
     /// The table pinned under its name in `pins`.
     pub(super) fn open(pins: &Path, name: &'static str) -> Result<Self, KernelError> {
-        let map = MapData::from_pin(pins.join(name))
-            .and_then(|data| HashMap::try_from(Map::HashMap(data)))
-            .map_err(failed(name, "open"))?;
-        Ok(Self { name, map })
+        let data = MapData::from_pin(pins.join(name)).map_err(failed(name, "open"))?;
+        Self::of(name, Map::HashMap(data))
+    }
+
+    fn of(name: &'static str, map: Map) -> Result<Self, KernelError> {
+        let capacity = match &map {
+            Map::HashMap(data) | Map::LruHashMap(data) => {
+                data.info().map_err(failed(name, "describe"))?.max_entries()
+            }
+            // The conversion refuses it by its kind.
+            _ => 0,
+        };
+        let map = HashMap::try_from(map).map_err(failed(name, "open"))?;
+        Ok(Self { name, map, capacity })
     }
 
     fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Self, KernelError> {
-        Ok(Self { name, map: take(ebpf, name)? })
+        Self::of(name, found(ebpf, name)?)
     }
 
     /// A table that no program knows, for tests.
     #[cfg(test)]
     pub(crate) fn scratch(rows: u32) -> Self {
         let map = HashMap::create(rows, NO_PREALLOC).expect("a map");
-        Self { name: "SCRATCH", map }
+        Self { name: "SCRATCH", map, capacity: rows }
     }
 
     /// The map's name.
     pub fn name(&self) -> &'static str {
         self.name
+    }
+
+    /// How many rows there are. Rows that change meanwhile may be missing.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn count(&self) -> Result<u64, KernelError> {
+        self.map.keys().try_fold(0, |rows, key| {
+            key.map_err(failed(self.name, "read"))?;
+            Ok(rows + 1)
+        })
+    }
+
+    /// How many rows there is room for.
+    pub fn capacity(&self) -> u64 {
+        self.capacity.into()
     }
 
     /// Every row. Rows that change meanwhile may be missing.
@@ -340,10 +367,11 @@ fn take<T>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, KernelError>
 where
     T: TryFrom<Map, Error = MapError>,
 {
-    let map = ebpf
-        .take_map(name)
-        .ok_or(KernelError::Missing { object: super::programs::MAIN_OBJECT, name })?;
-    T::try_from(map).map_err(failed(name, "open"))
+    T::try_from(found(ebpf, name)?).map_err(failed(name, "open"))
+}
+
+fn found(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, KernelError> {
+    ebpf.take_map(name).ok_or(KernelError::Missing { object: super::programs::MAIN_OBJECT, name })
 }
 
 fn failed(map: &'static str, action: &'static str) -> impl Fn(MapError) -> KernelError {

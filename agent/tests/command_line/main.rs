@@ -50,8 +50,10 @@ impl Node {
         let dir = tempfile::tempdir().unwrap();
         let socket = AdminSocket::bind(dir.path()).unwrap();
         let edges = flow::Edges::default();
-        let (recorder, collector) =
-            flow::start(Limits::default(), edges.clone(), Default::default());
+        let (recorder, collector) = flow::start(
+            Limits::default(),
+            flow::Sinks { edges: edges.clone(), ..Default::default() },
+        );
         tokio::spawn(collector.run());
         let log = recorder.log();
         let observer = Observer::new(log.clone(), inputs.node.clone(), "cluster.local".into());

@@ -31,6 +31,9 @@ pub const READY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Where its metrics are by default.
 const METRICS: &str = "127.0.0.1:15020";
 
+/// Where its readiness is by default.
+const READY: &str = "127.0.0.1:15021";
+
 /// A node's agent, started or not.
 #[derive(Debug)]
 pub struct Agent {
@@ -311,6 +314,16 @@ impl Agent {
     /// Its metrics, scraped from its node.
     pub fn metrics(&self) -> Result<Metrics> {
         Metrics::scrape(Some(&self.node.system_place()), METRICS)
+    }
+
+    /// Status and text of its readiness page, from its node.
+    pub fn readiness(&self) -> Result<(u16, String)> {
+        let url = format!("http://{READY}/healthz/ready");
+        let curl = ["curl", "-sS", "--max-time", "10", "-w", "%{http_code}", &url];
+        let answer = self.node.system_place().run(&curl)?.success()?;
+        let (text, code) =
+            answer.split_at_checked(answer.len().saturating_sub(3)).context("code")?;
+        Ok((code.parse().with_context(|| answer.clone())?, text.trim_end().to_owned()))
     }
 
     /// What `signet endpoints -o json` says of each pod of the node.

@@ -14,16 +14,18 @@ use serde_json::Value;
 
 use crate::{
     failure::Failure,
+    monitoring,
     workspace::{self, Workspace},
 };
 
 /// What is built: each can be applied by itself.
-const ROOTS: [&str; 7] = [
+const ROOTS: [&str; 8] = [
     "base",
     "overlays/guard",
     "overlays/istio-ca",
     "overlays/k3s",
     "overlays/kind",
+    "overlays/monitoring",
     "overlays/spiffe-csi",
     "uninstall",
 ];
@@ -69,6 +71,7 @@ pub fn check(workspace: &Workspace) -> anyhow::Result<()> {
     if !problems.is_empty() {
         bail!("{} faults in manifests/", problems.len());
     }
+    monitoring::check(workspace)?;
     eprintln!("manifests: {} overlays, {objects} objects, all in order", ROOTS.len());
     Ok(())
 }

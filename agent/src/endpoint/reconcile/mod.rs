@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 pub use self::pulse::Pulse;
 pub use self::surveying::{Survey, Surveyed};
 use self::waking::{Wake, Woken};
+pub use super::sweep::MapFill;
 use super::{
     apply,
     discovery::Discovery,
@@ -118,6 +119,10 @@ pub struct KernelReport {
     pub missing_features: Vec<String>,
     /// Problems of the kernel's side.
     pub problems: Vec<Problem>,
+    /// How full the kernel's maps are, as of the last sweep.
+    pub maps: Vec<MapFill>,
+    /// Open flows of enforced pods that `strict` would not take anew, by namespace.
+    pub plaintext: BTreeMap<Arc<str>, u64>,
 }
 
 /// Why the task ended by itself.
@@ -200,6 +205,9 @@ struct Reconciler {
     due: Option<Instant>,
     last_heartbeat: Option<Instant>,
     last_sweep: Option<Instant>,
+    last_count: Option<Instant>,
+    fill: Vec<MapFill>,
+    plaintext: BTreeMap<Arc<str>, u64>,
     failures: Vec<Problem>,
     released: Follower,
     /// What the configuration and the cluster said last of enforcement, releases aside.
@@ -250,6 +258,9 @@ impl Reconciler {
             due: None,
             last_heartbeat: None,
             last_sweep: None,
+            last_count: None,
+            fill: Vec::new(),
+            plaintext: BTreeMap::new(),
             failures: Vec::new(),
             released,
             said_enforcement,

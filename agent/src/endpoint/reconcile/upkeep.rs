@@ -35,10 +35,12 @@ impl Reconciler {
         }
         self.last_sweep = Some(now);
         let registered = self.applied.pods.keys().copied().collect();
-        if let Err(error) = sweep::sweep(&mut self.deps.maps, &registered, clock::monotonic()) {
-            self.fail("sweep", &error);
+        match sweep::sweep(&mut self.deps.maps, &registered, clock::monotonic()) {
+            Ok(fill) => self.fill = fill,
+            Err(error) => self.fail("sweep", &error),
         }
         self.sweep_cut().await;
+        self.count_plaintext(now).await;
         let hierarchy = self.deps.programs.hierarchy();
         if self.probes.is_current(hierarchy) {
             return false;
@@ -102,6 +104,8 @@ impl Reconciler {
                 .collect(),
             missing_features: Features::missing(programs.features()),
             problems,
+            maps: self.fill.clone(),
+            plaintext: self.plaintext.clone(),
         };
         self.deps.report.send_if_modified(|old| {
             let changed = *old != report;

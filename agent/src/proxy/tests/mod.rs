@@ -339,8 +339,7 @@ impl Node {
     ) -> Self {
         let key = EndpointKey { uid: setup.pod.uid.clone(), netns: net.netns.cookie };
         let (publisher, state) = NodeStatePublisher::new(setup.state(name, &key));
-        let (recorder, collector) =
-            flow::start(flow::Limits::default(), flow::Edges::default(), Default::default());
+        let (recorder, collector) = flow::start(flow::Limits::default(), flow::Sinks::default());
         let log = recorder.log();
         tokio::spawn(collector.run());
         let kernel = Arc::new(Kernel::default());

@@ -15,7 +15,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-pub use self::server::{MetricsServer, serve};
+pub use self::server::{PageServer, metrics_page, ready_page, serve};
 
 /// Counters by labels from the code.
 pub type Counters<const N: usize> = Family<[(&'static str, &'static str); N], Counter>;
@@ -32,14 +32,19 @@ pub fn durations<const N: usize>() -> Durations<N> {
     Family::new_with_constructor(|| Histogram::new(BOUNDS))
 }
 
-/// What is registered is written out by [`Metrics::text`]; every name begins with `signet_`.
+/// What is registered is written out by [`Metrics::text`]; every name begins with `signet_`, but
+/// for those that others gave ([`Metrics::foreign`]).
 #[derive(Debug)]
-pub struct Metrics(Registry);
+pub struct Metrics {
+    own: Registry,
+    foreign: Registry,
+}
 
 impl Default for Metrics {
     /// With nothing in it but the version.
     fn default() -> Self {
-        let mut metrics = Self(Registry::with_prefix("signet"));
+        let mut metrics =
+            Self { own: Registry::with_prefix("signet"), foreign: Registry::default() };
         metrics.read(|| {
             let version = env!("CARGO_PKG_VERSION");
             vec![Reading::gauge("build_info", "The version that runs").with("version", version, 1)]
@@ -51,23 +56,35 @@ impl Default for Metrics {
 impl Metrics {
     /// Adds counters.
     pub fn counters<const N: usize>(&mut self, name: &str, help: &str, counters: &Counters<N>) {
-        self.0.register(name, help, counters.clone());
+        self.own.register(name, help, counters.clone());
     }
 
     /// Adds durations; the name says that they are seconds.
     pub fn durations<const N: usize>(&mut self, name: &str, help: &str, all: &Durations<N>) {
-        self.0.register(name, help, all.clone());
+        self.own.register(name, help, all.clone());
+    }
+
+    /// Adds a metric under its whole name, which people's dashboards know from somebody else.
+    pub fn foreign(
+        &mut self,
+        name: &str,
+        help: &str,
+        metric: impl prometheus_client::registry::Metric,
+    ) {
+        self.foreign.register(name, help, metric);
     }
 
     /// Adds what `read` reads whenever somebody asks.
     pub fn read(&mut self, read: impl Fn() -> Vec<Reading> + Send + Sync + 'static) {
-        self.0.register_collector(Box::new(Readings(Box::new(read))));
+        self.own.register_collector(Box::new(Readings(Box::new(read))));
     }
 
     /// All of it.
     pub fn text(&self) -> Result<String, fmt::Error> {
         let mut out = String::new();
-        text::encode(&mut out, &self.0)?;
+        text::encode_registry(&mut out, &self.own)?;
+        text::encode_registry(&mut out, &self.foreign)?;
+        text::encode_eof(&mut out)?;
         Ok(out)
     }
 

@@ -1,4 +1,5 @@
-//! `/metrics` over plain HTTP: for Prometheus, on an address of the operator's choice.
+//! `/metrics` for Prometheus and `/healthz/ready` for load balancers, over plain HTTP, on
+//! addresses of the operator's choice.
 //!
 //! There is nothing secret in it, and no request changes anything. Connections, heads and the
 //! time that a connection may take are bounded.
@@ -35,35 +36,60 @@ const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=
 
 /// Serves on an address, as soon as it is to be had.
 #[derive(Debug)]
-pub struct MetricsServer {
+pub struct PageServer {
+    /// The configuration's key that asks for it.
+    pub key: &'static str,
     /// Where.
     pub address: SocketAddr,
     /// What.
-    pub metrics: Arc<Metrics>,
+    pub page: Router,
 }
 
-impl MetricsServer {
+/// The page of metrics.
+pub fn metrics_page(metrics: Arc<Metrics>) -> Router {
+    Router::new().route("/metrics", get(answer)).with_state(metrics)
+}
+
+/// The page of readiness, as Istio's proxies have it: 200, or 503 with the reason.
+pub fn ready_page(
+    ready: impl Fn() -> Result<String, String> + Clone + Send + Sync + 'static,
+) -> Router {
+    Router::new().route(
+        "/healthz/ready",
+        get(move || {
+            let ready = ready();
+            async {
+                match ready {
+                    Ok(why) => (StatusCode::OK, format!("{why}\n")),
+                    Err(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
+                }
+            }
+        }),
+    )
+}
+
+impl PageServer {
     /// Serves until the task is dropped. An address that is taken is tried again: that nobody
-    /// reads the metrics is no reason not to run. `told` hears what is wrong, and `None` when
+    /// reads the page is no reason not to run. `told` hears what is wrong, and `None` when
     /// nothing is any more.
     pub async fn run(self, told: impl Fn(Option<String>)) {
-        let Self { address, metrics } = self;
+        let Self { key, address, page } = self;
         let mut silent = false;
         loop {
             match TcpListener::bind(address).await {
                 Ok(listener) => {
                     told(None);
-                    tracing::info!(%address, "metrics are served");
-                    serve(listener, metrics).await;
+                    tracing::info!(key, %address, "page served");
+                    serve(listener, page).await;
                     return;
                 }
                 Err(error) => {
                     if !silent {
-                        tracing::error!(%address, %error, "metrics are not served; trying again");
+                        tracing::error!(key, %address, %error, "page not served; trying again");
                     }
                     silent = true;
                     told(Some(format!(
-                        "metricsListen: {address}: {error}; choose another address or stop who has it"
+                        "{key}: {address}: {error}; choose another address or stop who has it"
                     )));
                 }
             }
@@ -73,9 +99,8 @@ impl MetricsServer {
 }
 
 /// Serves on a listener until the task is dropped.
-pub async fn serve(listener: TcpListener, metrics: Arc<Metrics>) {
-    let router = Router::new().route("/metrics", get(answer)).with_state(metrics);
-    let service = TowerToHyperService::new(router);
+pub async fn serve(listener: TcpListener, page: Router) {
+    let service = TowerToHyperService::new(page);
     let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok(turn) = Arc::clone(&room).acquire_owned().await else { return };
@@ -97,7 +122,7 @@ pub async fn serve(listener: TcpListener, metrics: Arc<Metrics>) {
             let builder = builder.http1_only();
             let serving = builder.serve_connection(TokioIo::new(stream), service);
             if let Ok(Err(error)) = time::timeout(CONNECTION, serving).await {
-                tracing::debug!(%error, "a connection for metrics failed");
+                tracing::debug!(%error, "a connection for a page failed");
             }
             drop(turn);
         });
@@ -106,7 +131,7 @@ pub async fn serve(listener: TcpListener, metrics: Arc<Metrics>) {
 
 /// Out of descriptors, or a client that went: neither ends the listener.
 async fn pause(error: &io::Error) {
-    tracing::warn!(%error, "a connection for metrics was not accepted");
+    tracing::warn!(%error, "a connection for a page was not accepted");
     time::sleep(Duration::from_millis(50)).await;
 }
 
@@ -141,7 +166,7 @@ mod tests {
     async fn only_get_metrics_is_answered() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        tokio::spawn(serve(listener, Metrics::default().shared()));
+        tokio::spawn(serve(listener, metrics_page(Metrics::default().shared())));
         let head = "Host: a\r\nConnection: close\r\n\r\n";
         let good = ask(address, &format!("GET /metrics HTTP/1.1\r\n{head}")).await;
         assert!(good.starts_with("HTTP/1.1 200") && good.contains(OPENMETRICS), "{good}");
@@ -155,11 +180,33 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn readiness_is_a_status_with_its_reason() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let is_ready = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let asked = is_ready.clone();
+        let page = ready_page(move || match asked.load(std::sync::atomic::Ordering::Relaxed) {
+            true => Ok("all is well".into()),
+            false => Err("pods have not been read".into()),
+        });
+        tokio::spawn(serve(listener, page));
+        let request = "GET /healthz/ready HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n";
+        let answer = ask(address, request).await;
+        assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
+        assert!(answer.ends_with("pods have not been read\n"), "{answer}");
+        is_ready.store(true, std::sync::atomic::Ordering::Relaxed);
+        let answer = ask(address, request).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        assert!(answer.ends_with("all is well\n"), "{answer}");
+    }
+
+    #[tokio::test]
     async fn an_address_that_is_taken_is_told_and_tried_again() {
         let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = taken.local_addr().unwrap();
         let (sender, mut told) = tokio::sync::mpsc::unbounded_channel();
-        let server = MetricsServer { address, metrics: Metrics::default().shared() };
+        let page = metrics_page(Metrics::default().shared());
+        let server = PageServer { key: "metricsListen", address, page };
         tokio::spawn(server.run(move |problem| drop(sender.send(problem))));
         let problem = told.recv().await.unwrap().unwrap();
         assert!(problem.starts_with(&format!("metricsListen: {address}: ")), "{problem}");

@@ -1,5 +1,7 @@
 //! What Prometheus reads of an agent is what happened.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Result, ensure};
 use signet_lab::eventually;
 
@@ -36,6 +38,36 @@ fn an_agents_metrics_count_what_happened() -> Result<()> {
         ensure!(grown("drops_total", &[("reason", "policy_no_match")]) == 3.0, "{after:?}");
         ensure!(grown("drops_total", &[]) == 3.0, "for no other reason: {after:?}");
         ensure!(grown("lost_events_total", &[]) == 0.0);
+        // The same in Istio's words, from both ends.
+        let pair = [
+            ("source_workload_namespace", "shop"),
+            ("source_principal", "spiffe://cluster.local/ns/shop/sa/frontend"),
+            ("destination_principal", "spiffe://cluster.local/ns/shop/sa/payments"),
+            ("connection_security_policy", "mutual_tls"),
+            ("response_flags", "-"),
+        ];
+        for (node, before, reporter) in
+            [(&destination, &before, "destination"), (&source, &source_before, "source")]
+        {
+            let labels: Vec<_> = pair.iter().copied().chain([("reporter", reporter)]).collect();
+            eventually("Istio's metrics count the closed ones", TIMEOUT, || {
+                let now = node.metrics()?;
+                let grown = |name: &str| now.sum(name, &labels) - before.sum(name, &labels);
+                let bytes =
+                    ["istio_tcp_sent_bytes_total", "istio_tcp_received_bytes_total"].map(grown);
+                let done = grown("istio_tcp_connections_opened_total") == 5.0
+                    && grown("istio_tcp_connections_closed_total") == 5.0
+                    && bytes.iter().all(|bytes| *bytes > 0.0);
+                Ok(done.then_some(()))
+            })?;
+        }
+        let denied = [
+            ("reporter", "destination"),
+            ("source_principal", "spiffe://cluster.local/ns/shop/sa/intruder"),
+            ("response_flags", "DENY"),
+        ];
+        ensure!(grown("istio_tcp_connections_failed_total", &denied) == 3.0, "{after:?}");
+        ensure!(grown("istio_tcp_connections_failed_total", &[]) == 3.0, "{after:?}");
         ensure!(after.sum("handshakes_total", &[("role", "server")]) >= 2.0);
         let source_after = source.metrics()?;
         ensure!(source_after.sum("handshakes_total", &[("role", "client")]) >= 2.0);
@@ -52,14 +84,23 @@ fn an_agents_metrics_count_what_happened() -> Result<()> {
             let age = metrics.sum("svid_oldest_age_ratio", &[("use", "tunnel")]);
             ensure!((0.0..0.2).contains(&age), "an hour's SVID, some seconds old: {age}");
             ensure!(metrics.sum("bundle_authorities", &[("trust_domain", "cluster.local")]) == 1.0);
-            // Nothing that grows with pods or identities is a label.
-            for told in ["frontend", "payments", "intruder", "shop", "spiffe:"] {
-                ensure!(!metrics.tells(told), "{told} is in the metrics");
+            // Nothing that grows with pods or identities is a label of our own.
+            for told in ["frontend", "payments", "intruder", "spiffe:"] {
+                let tellers = metrics.tellers(told);
+                ensure!(tellers.is_empty(), "{told} is in {tellers:?}");
             }
+            ensure!(metrics.tellers("shop") == BTreeSet::from(["signet_plaintext_flows"]));
+            ensure!(metrics.sum("enforcement", &[("state", "enforce")]) == 1.0);
+            ensure!(metrics.of("program_attached").iter().all(|(_, attached)| *attached == 1.0));
+            let strict = metrics.sum("pods", &[("mode", "strict")]);
+            ensure!(strict == svids, "one pod an account is strict: {strict}");
+            ensure!(metrics.sum("kernel_map_capacity", &[("map", "ADDRESSES")]) > 0.0);
             let missing = metrics.undocumented(include_str!("../../../../docs/metrics.md"));
             ensure!(missing.is_empty(), "not in docs/metrics.md: {missing:?}");
-            ensure!(metrics.series() < 300, "{} series", metrics.series());
+            ensure!(metrics.series() < 400, "{} series", metrics.series());
         }
+        let (code, why) = source.readiness()?;
+        ensure!(code == 200 && why.contains("is applied"), "{code}: {why}");
         let status = source.status()?;
         let age = status["svids"]["oldestPercent"].as_u64();
         ensure!(
