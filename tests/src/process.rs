@@ -324,6 +324,18 @@ pub fn spiffe_binary() -> Result<PathBuf> {
     binary("SIGNET_LAB_SPIFFE", "signet-lab-spiffe")
 }
 
+/// Prometheus: `SIGNET_LAB_PROMETHEUS`, where `cargo xtask setup` unpacks it, or the system's.
+pub fn prometheus_binary() -> Result<PathBuf> {
+    if let Ok(path) = binary("SIGNET_LAB_PROMETHEUS", "prometheus/usr/bin/prometheus") {
+        return Ok(path);
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .map(|directory| directory.join("prometheus"))
+        .find(|candidate| candidate.is_file())
+        .context("no `prometheus`: `cargo xtask setup` unpacks it into the build directory")
+}
+
 fn binary(variable: &str, name: &str) -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(variable) {
         let path = PathBuf::from(path);
@@ -333,8 +345,8 @@ fn binary(variable: &str, name: &str) -> Result<PathBuf> {
         bail!("{variable}={} is not a file", path.display());
     }
     let own = std::env::current_exe().context("the path of this executable")?;
-    // Test executables live in `deps/`, programs one above.
-    for directory in own.ancestors().skip(1).take(2) {
+    // Test executables live in `deps/`, programs one above, what set-up brings two above.
+    for directory in own.ancestors().skip(1).take(3) {
         let candidate = directory.join(name);
         if candidate.is_file() {
             return Ok(candidate);

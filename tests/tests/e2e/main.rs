@@ -20,6 +20,7 @@ mod limits;
 mod mesh;
 mod pid_reuse;
 mod policy;
+mod prometheus;
 mod spiffe_clients;
 mod storm;
 mod swaps;

@@ -21,7 +21,7 @@ use super::{
 use crate::{cluster::model::ObjectName, kernel::KernelError};
 
 /// How often open flows in clear are counted: it costs a look into every enforced pod.
-const COUNT: Duration = Duration::from_secs(30);
+const COUNT: Duration = Duration::from_secs(15);
 
 /// The question.
 #[derive(Debug)]

@@ -41,6 +41,12 @@ impl Reconciler {
         }
         self.sweep_cut().await;
         self.count_plaintext(now).await;
+        self.deps.report.send_if_modified(|report| {
+            let changed = report.maps != self.fill || report.plaintext != self.plaintext;
+            report.maps.clone_from(&self.fill);
+            report.plaintext.clone_from(&self.plaintext);
+            changed
+        });
         let hierarchy = self.deps.programs.hierarchy();
         if self.probes.is_current(hierarchy) {
             return false;
