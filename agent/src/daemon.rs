@@ -1,11 +1,13 @@
 //! The node agent put together: what starts in which order, what ends it, how it ends.
 
 mod cluster;
+mod error;
 mod events;
 mod identity;
 mod picture;
+mod succession;
 
-use std::{collections::BTreeMap, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -15,11 +17,9 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
 use crate::{
-    admin::{self, Admin, IssuerFacts, socket::AdminSocket},
+    admin::{self, Admin, IssuerFacts, Succession, socket::AdminSocket},
     cluster::{
-        enrolment::{BoardError, EnrolmentBoard},
-        files::FilesError,
-        kubernetes::KubernetesError,
+        enrolment::EnrolmentBoard,
         model::{Ranges, World},
         source::ClusterSource,
     },
@@ -27,7 +27,7 @@ use crate::{
         AgentConfig, ConfigError, ConfigSources, Loaded, values::LogFormat, watch::FileChanges,
     },
     endpoint::{
-        reconcile,
+        reconcile::{self, Control, Start},
         state::{NodeState, NodeStatePublisher},
     },
     flow::{
@@ -35,32 +35,30 @@ use crate::{
         access_log::AccessLogSettings,
         edges::{EdgesFile, keep},
     },
-    kernel::{
-        self, Counters, FlowSockets, KernelConfig, KernelError, Programs, cgroup::Hierarchy,
-        features,
-    },
+    handover::{self, Give, Request},
+    kernel::{self, Counters, FlowSockets, KernelConfig, Programs, cgroup::Hierarchy, features},
     netns::NetnsOpener,
     observer::{self, Observer},
     proxy::{DataPlane, DataPlaneConfig, Dependencies},
-    socket_file::SocketError,
-    spiffe::{SpiffeIdError, TrustDomain},
+    spiffe::TrustDomain,
     svid::{
         SvidManager, SvidParams,
-        issuer::{RemoteError, RootFileError},
         metrics::{Purpose, SvidMetrics},
     },
     telemetry::{
-        logging::{self, LogError},
+        logging,
         metrics::{Metrics, PageServer, metrics_page, ready_page},
     },
     trust::{Trust, follow},
     workload_api::{self, WorkloadApi, WorkloadApiDeps},
 };
 
+pub use self::error::{DaemonError, Fault};
 use self::{
     events::{forward_events, record_closed},
     identity::Identity,
     picture::{Losses, Newest, Picture},
+    succession::{Alone, Sockets, answer, hello, retire, take_place, task},
 };
 
 /// Threads of the control plane; the data plane has its own, one a core.
@@ -71,104 +69,6 @@ const DRAIN: Duration = Duration::from_secs(5);
 
 /// Kernel events on their way to records.
 const EVENTS: usize = 8192;
-
-/// Why the agent did not start, or ended.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum DaemonError {
-    /// The kernel's side: this host cannot.
-    #[error(transparent)]
-    Kernel(#[from] KernelError),
-    /// The cluster directory.
-    #[error(transparent)]
-    Files(#[from] FilesError),
-    /// The Kubernetes API.
-    #[error(transparent)]
-    Kubernetes(#[from] KubernetesError),
-    /// The board of served pods.
-    #[error(transparent)]
-    Board(#[from] BoardError),
-    /// The authority that is asked.
-    #[error(transparent)]
-    Remote(#[from] RemoteError),
-    /// The authority's root.
-    #[error(transparent)]
-    Root(#[from] RootFileError),
-    /// The admin socket or the Workload API's.
-    #[error(transparent)]
-    Socket(#[from] SocketError),
-    /// The static entries of the Workload API.
-    #[error(transparent)]
-    Entries(#[from] workload_api::EntriesError),
-    /// The log.
-    #[error(transparent)]
-    Log(#[from] LogError),
-    /// The trust domain's name.
-    #[error("trustDomain: {value:?} is not a trust domain: {source}")]
-    TrustDomain {
-        /// As configured.
-        value: String,
-        /// What is wrong with it.
-        source: SpiffeIdError,
-    },
-    /// A key without which this form of the agent cannot run.
-    #[error("{key}: missing; {remedy}")]
-    Missing {
-        /// The key.
-        key: &'static str,
-        /// What to give.
-        remedy: &'static str,
-    },
-    /// Threads, runtimes, signals.
-    #[error("cannot start {what}: {source}")]
-    Start {
-        /// What.
-        what: &'static str,
-        /// Why not.
-        source: io::Error,
-    },
-    /// A part of the agent that must run has ended: the process ends and is started anew.
-    #[error("{part} has ended: {why}")]
-    Ended {
-        /// Which.
-        part: &'static str,
-        /// Why.
-        why: String,
-    },
-}
-
-/// What kind of failure it is, for the exit code.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Fault {
-    /// Input that must be changed.
-    Input,
-    /// A host that cannot.
-    Host,
-    /// A bug.
-    Bug,
-}
-
-impl DaemonError {
-    /// What kind of failure it is.
-    pub fn fault(&self) -> Fault {
-        match self {
-            Self::Kernel(KernelError::UnknownFeature { .. })
-            | Self::Files(_)
-            | Self::Kubernetes(KubernetesError::Access(_))
-            | Self::Board(_)
-            | Self::Root(_)
-            | Self::Remote(_)
-            | Self::Log(_)
-            | Self::Entries(_)
-            | Self::TrustDomain { .. }
-            | Self::Missing { .. } => Fault::Input,
-            Self::Kernel(_) | Self::Kubernetes(_) | Self::Socket(_) | Self::Start { .. } => {
-                Fault::Host
-            }
-            Self::Ended { .. } => Fault::Bug,
-        }
-    }
-}
 
 /// Runs the node agent until SIGTERM or SIGINT, then drains.
 ///
@@ -189,8 +89,12 @@ pub fn run(loaded: Loaded, sources: ConfigSources) -> Result<(), DaemonError> {
     let identity = Identity::open(&config, &domain, &trust)?;
     let entries = workload_api::Entries::open(config.workload_entries.as_deref(), &domain)?;
 
+    // Asked before anything is pinned or attached.
+    let succeeds =
+        in_passing(handover::is_served(&handover::path_in(&config.run_dir), &hello(&config)))??;
+
     // Before any socket is made: this may move the process into a cgroup of its own.
-    let (programs, maps) = Programs::load(&kernel_config(&config))?;
+    let (programs, maps) = Programs::load(&kernel_config(&config, succeeds))?;
 
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(CONTROL_THREADS)
@@ -210,8 +114,18 @@ pub fn run(loaded: Loaded, sources: ConfigSources) -> Result<(), DaemonError> {
         entries,
         programs,
         maps,
+        succeeds,
     };
     runtime.block_on(serve(parts))
+}
+
+/// Waits for something short before there is a runtime.
+fn in_passing<T>(question: impl Future<Output = T>) -> Result<T, DaemonError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| DaemonError::Start { what: "a runtime", source })?;
+    Ok(runtime.block_on(question))
 }
 
 /// What was opened before the runtime.
@@ -227,6 +141,8 @@ struct Parts {
     entries: workload_api::Entries,
     programs: Programs,
     maps: kernel::Maps,
+    /// Another agent serves the node.
+    succeeds: bool,
 }
 
 async fn serve(parts: Parts) -> Result<(), DaemonError> {
@@ -242,6 +158,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         entries,
         programs,
         maps,
+        succeeds,
     } = parts;
     let started = jiff::Timestamp::now();
     let world = source.worlds();
@@ -250,10 +167,15 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(start("the signal handler"))?;
     let mut hangup = signal(SignalKind::hangup()).map_err(start("the signal handler"))?;
 
-    // The socket comes before anything that would take part in traffic: a second agent on
-    // the same run directory ends here.
-    let socket = AdminSocket::bind(&config.run_dir)?;
-    let workload_socket = workload_api::bind(&config.workload_socket())?;
+    // The sockets come before anything that would take part in traffic: a second agent on the
+    // same run directory ends here, or takes the first one's place when it can.
+    let sockets = if succeeds { None } else { Some(Sockets::bind(&config)?) };
+    let own_socket = config.own_socket.as_deref().map(AdminSocket::bind_own).transpose()?;
+    let (place, succession) = watch::channel(if succeeds {
+        Succession::Waits("it has only begun to".into())
+    } else {
+        Succession::Serves
+    });
 
     let history = EdgesFile::new(&config.state_dir);
     let edges = history.load(started).unwrap_or_else(|error| {
@@ -267,8 +189,9 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     let (recorder, collector) = flow::start(flow::Limits::default(), sinks);
     let log = recorder.log();
     let (stop, ended) = (CancellationToken::new(), CancellationToken::new());
+    // Another agent serves in this one's place.
+    let succeeded = CancellationToken::new();
     let mut following = identity.follow(stop.clone());
-    let mut remembering = tokio::spawn(keep(edges.clone(), history, ended.clone()));
     let mut metrics = Metrics::default();
     istio.register(&mut metrics);
     let svid_metrics = SvidMetrics::register(&mut metrics);
@@ -303,7 +226,6 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     .map_err(start("the data plane"))?;
     let plane = Arc::new(plane);
     let (workload_api, workloads) = WorkloadApi::new(
-        workload_socket,
         WorkloadApiDeps {
             state: state.clone(),
             trust: trust.clone(),
@@ -350,6 +272,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         pages: page_problems,
         istio,
         pulse: pulse.clone(),
+        succession,
         newest: Newest::new(started),
     });
     metrics.read({
@@ -367,8 +290,8 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
             }),
         ),
     ];
-    let mut measuring = tokio::spawn(serve_pages(pages, page_problem));
     let counted = plane.clone();
+    let (control, obeyed) = Control::new();
     let deps = reconcile::Deps {
         world,
         config: live_config,
@@ -378,6 +301,10 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         svids: svids.clone(),
         listeners,
         announce: Box::new(move |served, revision| {
+            let Some(served) = served else {
+                board.fall_silent();
+                return Ok(());
+            };
             board
                 .announce(served, revision, jiff::Timestamp::now())
                 .map(drop)
@@ -388,14 +315,12 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         state: publisher,
         report,
         pulse,
+        start: if succeeds { Start::Waiting } else { Start::AtOnce },
+        commands: obeyed,
     };
 
     let (event_sender, event_receiver) = mpsc::channel(EVENTS);
     let mut collector = tokio::spawn(collector.run());
-    let mut reading = tokio::spawn({
-        let pins = pins.clone();
-        async move { kernel::events::run(&pins, event_sender).await }
-    });
     let mut forwarding = tokio::spawn(forward_events(
         event_receiver,
         state.clone(),
@@ -404,19 +329,73 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         any_errno,
     ));
     let routes = Routes::new(
-        Admin::new(Arc::new(move || picture.take()), log.clone(), edges, surveys).into_service(),
+        Admin::new(Arc::new(move || picture.take()), log.clone(), edges.clone(), surveys)
+            .into_service(),
     )
     .add_service(
         Observer::new(log, config.node.as_str().into(), domain.as_str().into()).into_service(),
     )
     .add_service(observer::health().await);
-    // The socket answers until the process ends, also while it drains.
-    let mut serving = tokio::spawn(socket.serve(routes, ended.clone().cancelled_owned()));
-    let mut serving_workloads = tokio::spawn(workload_api.serve(ended.clone().cancelled_owned()));
+    // It answers until the process ends, whoever serves the node.
+    let own = own_socket.map(|socket| {
+        let (never, end) = (CancellationToken::new(), ended.clone().cancelled_owned());
+        tokio::spawn(socket.serve(routes.clone(), never, end))
+    });
     let mut recording = tokio::spawn(record_closed(closed_flows, state.clone(), recorder.clone()));
     let mut reconciling = tokio::spawn(reconcile::run(deps, asked, stop.clone()));
     kernel::memory::keep_giving_back(ended.clone())
         .map_err(start("the thread that gives memory back"))?;
+    let (sockets, _predecessor) = match sockets {
+        Some(sockets) => (sockets, None),
+        None => {
+            let before = async || {
+                // What the old agent has counted since this one began.
+                match history.load(jiff::Timestamp::now()) {
+                    Ok(newer) => edges.replace(&newer),
+                    Err(error) => tracing::error!(%error, "the history of flows is not read"),
+                }
+            };
+            tokio::select! {
+                taken = take_place(&config, &control, &place, before) => taken?,
+                // The one that serves goes on.
+                _ = terminate.recv() => return Ok(()),
+                _ = interrupt.recv() => return Ok(()),
+                ended = &mut reconciling => return Err(ended_as("the reconciler", flatten(ended))),
+                () = svids.ended() => return Err(ended_as("the SVID manager", "its task is gone".into())),
+                why = plane.failed() => return Err(ended_as("the data plane", why)),
+            }
+        }
+    };
+    let node_sockets = sockets.descriptors()?;
+    let until = || (succeeded.clone(), ended.clone().cancelled_owned());
+    let (gone, end) = until();
+    // The sockets answer until the process ends, also while it drains.
+    let mut serving = tokio::spawn(AdminSocket::of(sockets.admin).serve(routes, gone, end));
+    let (gone, end) = until();
+    let mut serving_workloads = tokio::spawn(workload_api.serve(sockets.workload, gone, end));
+    let mut alone = Alone::start(|stop| {
+        let (pins, events) = (pins.clone(), event_sender.clone());
+        let reading = async move { flatten(Ok(kernel::events::run(&pins, events).await)) };
+        let (edges, history, stopped) = (edges.clone(), history.clone(), stop.clone());
+        let remembering = tokio::spawn(async move {
+            keep(edges, history, stopped).await;
+            "it returned".to_owned()
+        });
+        let mut tasks = vec![
+            task("the reader of kernel events", stop, reading),
+            // It writes once more when it is stopped.
+            ("the history of flows", remembering),
+        ];
+        let measuring = serve_pages(pages.clone(), page_problem.clone());
+        tasks.push(task("the servers of metrics and readiness", stop, async move {
+            measuring.await;
+            "one of them has panicked".to_owned()
+        }));
+        tasks
+    });
+    let (process, mut requests) = mpsc::channel(1);
+    let give = Give { own: hello(&config), control: control.clone(), process };
+    let mut giving = tokio::spawn(give.run(sockets.handover));
     let (name, location) = (source.name(), source.location());
     tracing::info!(node = %config.node, source = name, location, "agent started");
 
@@ -424,20 +403,32 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     let mut applied = config;
     let result = loop {
         tokio::select! {
-            _ = terminate.recv() => break Ok(()),
-            _ = interrupt.recv() => break Ok(()),
+            _ = terminate.recv() => break Ok(None),
+            _ = interrupt.recv() => break Ok(None),
             Some(()) = hangup.recv() => {}
             () = file_changes.changed() => {}
             ended = &mut reconciling => break Err(ended_as("the reconciler", flatten(ended))),
             ended = &mut serving => break Err(ended_as("the admin socket", flatten(ended))),
             ended = &mut serving_workloads => break Err(ended_as("the Workload API", flatten(ended))),
-            ended = &mut reading => break Err(ended_as("the reader of kernel events", flatten(ended))),
+            (part, why) = alone.ended() => break Err(ended_as(part, why)),
+            ended = &mut giving => match ended {
+                Ok(successor) => break Ok(Some(successor)),
+                Err(error) => break Err(ended_as("the hand-over's socket", error.to_string())),
+            },
+            Some(request) = requests.recv() => {
+                match request {
+                    Request::Pause(reply) => {
+                        alone.pause().await;
+                        answer(reply, &node_sockets);
+                    }
+                    Request::Continue => alone.go_on(),
+                }
+                continue;
+            }
             ended = &mut forwarding => break Err(ended_as("the recorder of kernel events", joined(ended))),
             ended = &mut federating => break Err(ended_as("the follower of foreign bundles", joined(ended))),
             ended = &mut recording => break Err(ended_as("the recorder of closed flows", joined(ended))),
             ended = &mut collector => break Err(ended_as("the flow log", joined(ended))),
-            ended = &mut remembering => break Err(ended_as("the history of flows", joined(ended))),
-            ended = &mut measuring => break Err(ended_as("the servers of metrics and readiness", joined(ended))),
             ended = &mut following => break Err(ended_as("the authority's follower", joined(ended))),
             () = svids.ended() => break Err(ended_as("the SVID manager", "its task is gone".into())),
             why = plane.failed() => break Err(ended_as("the data plane", why)),
@@ -460,27 +451,41 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
             }
         }
     };
+    if let Ok(Some(_successor)) = &result {
+        let within = applied.drain_deadline;
+        tracing::info!(?within, "another agent serves the node: open flows are finished here");
+        place.send_replace(Succession::Succeeded);
+        // The sockets are left to it, with their files.
+        succeeded.cancel();
+        let blind = async || {
+            if !reconciling.is_finished() {
+                let _ = (&mut reconciling).await;
+            }
+        };
+        retire(&plane, within, &mut terminate, &mut interrupt, blind).await;
+    }
     // Un-announced first: peers stop dialling. Whatever was enforced stays enforced:
     // programs and maps are pinned, and listeners that are gone refuse.
     stop.cancel();
     if !reconciling.is_finished() {
         let _ = tokio::time::timeout(DRAIN, &mut reconciling).await;
     }
-    if result.is_ok() {
+    if matches!(result, Ok(None)) {
         tracing::info!(within = ?DRAIN, "draining");
         plane.drain(DRAIN).await;
     }
     ended.cancel();
-    if !remembering.is_finished() {
-        let _ = tokio::time::timeout(DRAIN, &mut remembering).await;
-    }
+    alone.pause().await;
     if !serving.is_finished() {
         let _ = tokio::time::timeout(DRAIN, &mut serving).await;
     }
     if !serving_workloads.is_finished() {
         let _ = tokio::time::timeout(DRAIN, &mut serving_workloads).await;
     }
-    result
+    if let Some(own) = own {
+        let _ = tokio::time::timeout(DRAIN, own).await;
+    }
+    result.map(drop)
 }
 
 /// Follows the foreign bundles that the world names, until the world ends.
@@ -546,13 +551,14 @@ fn ranges(config: &AgentConfig) -> Ranges {
     }
 }
 
-fn kernel_config(config: &AgentConfig) -> KernelConfig {
+fn kernel_config(config: &AgentConfig, succeeds: bool) -> KernelConfig {
     KernelConfig {
         bpffs: config.bpffs.clone(),
         instance: config.instance.clone(),
         workloads: config.cgroup_root.clone().into(),
         node: config.node_cgroup.clone().unwrap_or_else(|| "/".into()).into(),
         mask_features: std::env::var(features::MASK_VARIABLE).ok(),
+        succeeds,
     }
 }
 

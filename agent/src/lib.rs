@@ -15,7 +15,8 @@
 //! 5. [`endpoint`] finds this node's pods and reconciles the kernel with the world.
 //! 6. [`flow`] records verdicts.
 //! 7. [`proxy`] carries flows; [`observer`] and [`admin`] answer the command line;
-//!    [`workload_api`] gives pods their own SVIDs.
+//!    [`workload_api`] gives pods their own SVIDs; [`handover`] brings a node from one agent to
+//!    the next.
 //! 8. [`daemon`] puts the node agent together; [`authority`] is the certificate authority;
 //!    [`lifecycle`] is what is done to a node where no agent runs: guard, release, uninstall.
 //! 9. [`cli`] is the command line.
@@ -30,6 +31,7 @@ pub mod config;
 pub mod daemon;
 pub mod endpoint;
 pub mod flow;
+pub mod handover;
 pub mod kernel;
 pub mod lifecycle;
 pub mod netns;

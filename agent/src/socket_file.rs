@@ -2,6 +2,7 @@
 
 use std::{
     fs, io,
+    os::fd::{AsFd, OwnedFd},
     os::unix::{
         fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt},
         net::UnixStream,
@@ -114,6 +115,55 @@ impl OwnFile {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Leaves the file where it is: another process has the socket.
+    pub fn leave(mut self) {
+        self.inode = NOBODYS;
+    }
+
+    /// Takes the file over: from now on it goes with this process.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn own(&mut self) -> io::Result<()> {
+        let meta = fs::symlink_metadata(&self.path)?;
+        self.inode = (meta.dev(), meta.ino());
+        Ok(())
+    }
+}
+
+/// A file that no process removes: no file system has it.
+const NOBODYS: (u64, u64) = (u64::MAX, u64::MAX);
+
+impl BoundSocket {
+    /// A socket that another process has bound at `path` and handed over. Its file stays that
+    /// process's until [`OwnFile::own`].
+    ///
+    /// # Errors
+    /// When it is not the one at this path; it is closed then.
+    pub fn adopt(descriptor: OwnedFd, path: &Path) -> Result<Self, SocketError> {
+        let failed = |source| SocketError::Bind { path: path.to_owned(), source };
+        let listener = std::os::unix::net::UnixListener::from(descriptor);
+        let address = listener.local_addr().map_err(failed)?;
+        if address.as_pathname() != Some(path) {
+            let other = format!("the socket that was handed over is {address:?}");
+            return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, other)));
+        }
+        listener.set_nonblocking(true).map_err(failed)?;
+        let listener = UnixListener::from_std(listener).map_err(failed)?;
+        Ok(Self { listener, file: OwnFile { path: path.to_owned(), inode: NOBODYS } })
+    }
+
+    /// The socket once more, to be handed over later.
+    ///
+    /// # Errors
+    /// Where the process has no descriptors left.
+    pub fn descriptor(&self) -> Result<OwnedFd, SocketError> {
+        self.listener
+            .as_fd()
+            .try_clone_to_owned()
+            .map_err(|source| SocketError::Bind { path: self.file.path().to_owned(), source })
+    }
 }
 
 impl Drop for OwnFile {
@@ -174,8 +224,8 @@ pub fn bind(params: &SocketParams<'_>) -> Result<BoundSocket, SocketError> {
     }
     let listener = UnixListener::bind(&path).map_err(bind)?;
     fs::set_permissions(&path, fs::Permissions::from_mode(params.socket_mode)).map_err(bind)?;
-    let meta = fs::symlink_metadata(&path).map_err(bind)?;
-    let file = OwnFile { inode: (meta.dev(), meta.ino()), path };
+    let mut file = OwnFile { path: path.clone(), inode: NOBODYS };
+    file.own().map_err(bind)?;
     Ok(BoundSocket { listener, file })
 }
 
@@ -225,6 +275,30 @@ mod tests {
         fs::write(&admin, "another's").unwrap();
         drop(bound);
         assert!(admin.exists());
+    }
+
+    #[tokio::test]
+    async fn handed_over_with_its_file() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("run/workload.sock");
+        let old = bind(&params(&path)).unwrap();
+        let elsewhere = BoundSocket::adopt(old.descriptor().unwrap(), &parent.path().join("x"));
+        assert!(elsewhere.unwrap_err().to_string().contains("workload.sock"));
+        // One that gives up before it is the owner leaves everything.
+        drop(BoundSocket::adopt(old.descriptor().unwrap(), &path).unwrap());
+        assert!(path.exists());
+        let mut new = BoundSocket::adopt(old.descriptor().unwrap(), &path).unwrap();
+        new.file.own().unwrap();
+        let BoundSocket { listener, file } = old;
+        drop(listener);
+        file.leave();
+        // Whoever connects reaches the one that has it now.
+        let (dialled, accepted) =
+            tokio::join!(tokio::net::UnixStream::connect(&path), new.listener.accept());
+        dialled.unwrap();
+        accepted.unwrap();
+        drop(new);
+        assert!(!path.exists());
     }
 
     #[tokio::test]

@@ -46,8 +46,22 @@ pub struct StatusInputs {
     pub since_turn: Option<Duration>,
     /// Every enforced pod that was there at the start has got its listeners.
     pub settled: bool,
+    /// Which of two agents of a node this one is.
+    pub succession: Succession,
     /// Further counters by name, as `handshake_failed{kind="expired"}`.
     pub counters: Vec<(String, u64)>,
+}
+
+/// Which of two agents of a node one is, while one takes the other's place.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub enum Succession {
+    /// It serves the node.
+    #[default]
+    Serves,
+    /// Another one does, and for what this one waits before it takes over.
+    Waits(Arc<str>),
+    /// Another one does, and this one only finishes what it has accepted.
+    Succeeded,
 }
 
 /// The kernel's side.

@@ -25,7 +25,8 @@ use tokio::sync::mpsc;
 use tonic::{Request, Response, Status};
 
 pub use self::inputs::{
-    DropCount, EnforcementState, IssuerFacts, KernelFacts, StatusInputs, SvidFacts, SvidState,
+    DropCount, EnforcementState, IssuerFacts, KernelFacts, StatusInputs, Succession, SvidFacts,
+    SvidState,
 };
 use self::policies::Unanswered;
 pub use self::probe::readiness;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::StatusInputs;
+use super::{StatusInputs, Succession};
 use crate::proto::admin::{ProbeResponse, probe_request::Kind};
 
 /// A reconciler that has not turned for so long is stuck; the kernel's programs take the agent
@@ -50,6 +50,15 @@ fn not_live(inputs: &StatusInputs, now: Timestamp) -> Option<String> {
 }
 
 fn not_ready(inputs: &StatusInputs) -> Option<String> {
+    match &inputs.succession {
+        Succession::Serves => {}
+        Succession::Waits(why) => {
+            return Some(format!("another agent serves the node until this one can: {why}"));
+        }
+        Succession::Succeeded => {
+            return Some("another agent serves the node; this one finishes its open flows".into());
+        }
+    }
     let Some(state) = &inputs.state else {
         return Some("the cluster's objects have not been applied to the kernel once".into());
     };

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use signet_ebpf::abi::Mode;
 
-use super::inputs::{StatusInputs, SvidFacts, SvidState};
+use super::inputs::{StatusInputs, Succession, SvidFacts, SvidState};
 use crate::{
     cluster::source::{WatchFacts, WatchState},
     flow::recorder::Totals,
@@ -22,7 +22,9 @@ pub fn assemble(inputs: &StatusInputs, totals: &Totals, now: Timestamp) -> admin
     let programs = programs(inputs);
     let cluster = cluster(inputs, now);
     let svids = svids(&inputs.svids, now);
-    let state = if inputs.state.is_none() {
+    let state = if inputs.succession == Succession::Succeeded {
+        "DRAINING"
+    } else if inputs.state.is_none() {
         "STARTING"
     } else if programs.attached < programs.expected
         || cluster.behind_seconds > MAX_BEHIND_SECONDS

@@ -240,6 +240,7 @@ pub fn run_guard(args: GuardArgs) -> Result<Exit, Failure> {
         workloads: config.cgroup_root.clone().into(),
         node: config.node_cgroup.clone().unwrap_or_else(|| "/".into()).into(),
         mask_features: std::env::var(features::MASK_VARIABLE).ok(),
+        succeeds: false,
     };
     let timeout = Duration::from_secs(args.timeout);
     let outcome = guard::guard(&config, &kernel, &args.kubelet_config, timeout).map_err(failure)?;

@@ -26,7 +26,7 @@ pub struct ProbeArgs {
     #[arg(
         long,
         value_name = "path",
-        env = "SIGNET_SOCKET",
+        env = "SIGNET_OWN_SOCKET",
         default_value = "/run/signet/admin/agent.sock"
     )]
     socket: PathBuf,

@@ -55,6 +55,10 @@ pub trait EnrolmentBoard: Send + Sync {
         revision: u64,
         now: Timestamp,
     ) -> Result<bool, BoardError>;
+
+    /// Says nothing more, and leaves what was said: another process speaks for the node. A later
+    /// [`EnrolmentBoard::announce`] speaks again.
+    fn fall_silent(&mut self);
 }
 
 /// Why an announcement could not be written.
@@ -241,6 +245,11 @@ impl EnrolmentBoard for FilesBoard {
         result.map_err(|source| BoardError::Write { path, source })?;
         self.last = Some((served.clone(), revision));
         Ok(true)
+    }
+
+    fn fall_silent(&mut self) {
+        // What is in the file is another's from now on.
+        self.last = None;
     }
 }
 

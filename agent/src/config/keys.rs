@@ -336,6 +336,12 @@ keys! {
          workload/workload.sock."
         set(c, v) { c.run_dir = path(v)?; }
         get(c) shown_path(&c.run_dir);
+    "ownSocket" Restart false "path"
+        "This process's own admin socket, beside admin/agent.sock, which belongs to the agent \
+         that serves the node: during an upgrade two run, and probes must reach their own. Its \
+         directory becomes 0700. None by default."
+        set(c, v) { c.own_socket = Some(path(v)?); }
+        get(c) c.own_socket.iter().flat_map(|p| shown_path(p)).collect();
     "workloadSocket" Restart false "path"
         "Socket of the SPIFFE Workload API, alone in its directory, which pods mount; the \
          default is workload/workload.sock below runDir."
@@ -420,6 +426,11 @@ keys! {
         "How long open plaintext flows may live on after their namespace turned strict."
         set(c, v) { c.strict_grace = duration(v, 0, 7 * 86_400)?; }
         get(c) vec![show_duration(c.strict_grace)];
+    "drainDeadline" Live false "duration"
+        "How long open flows may go on in an agent whose place another one has taken (an upgrade \
+         or a rollback); then they are cut. terminationGracePeriodSeconds must be longer."
+        set(c, v) { c.drain_deadline = duration(v, 1, 86_400)?; }
+        get(c) vec![show_duration(c.drain_deadline)];
     "unenrolGrace" Live false "duration"
         "How long a pod that is no longer enrolled is served for peers that have not heard."
         set(c, v) { c.unenrol_grace = duration(v, 0, 3600)?; }

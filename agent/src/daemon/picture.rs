@@ -14,7 +14,8 @@ use tokio::sync::watch;
 use super::cluster;
 use crate::{
     admin::{
-        DropCount, EnforcementState, IssuerFacts, KernelFacts, StatusInputs, SvidFacts, SvidState,
+        DropCount, EnforcementState, IssuerFacts, KernelFacts, StatusInputs, Succession, SvidFacts,
+        SvidState,
     },
     cluster::{
         model::{Problem, World},
@@ -59,6 +60,7 @@ pub(super) struct Picture {
     pub(super) pages: watch::Receiver<BTreeMap<&'static str, String>>,
     pub(super) istio: IstioMetrics,
     pub(super) pulse: Pulse,
+    pub(super) succession: watch::Receiver<Succession>,
     pub(super) newest: Newest,
 }
 
@@ -79,6 +81,11 @@ impl Picture {
                 .values()
                 .map(|message| Problem { subject: "metrics".into(), message: message.clone() }),
         );
+        let succession = self.succession.borrow().clone();
+        if let Succession::Waits(why) = &succession {
+            let message = format!("another agent serves the node until this one can: {why}");
+            problems.push(Problem { subject: "hand-over".into(), message });
+        }
         let drops = match self.counters.drops() {
             Ok(drops) => drops.into_iter().map(|(key, count)| DropCount { key, count }).collect(),
             Err(error) => {
@@ -124,6 +131,7 @@ impl Picture {
             problems,
             since_turn: self.pulse.since_turn(),
             settled: self.pulse.is_settled(),
+            succession,
             counters: self.counters().iter().flat_map(Reading::flat).collect(),
         }
     }

@@ -59,6 +59,27 @@ pub struct Listeners {
     pub ports: OutboundPorts,
 }
 
+impl Listeners {
+    /// The same listeners once more: they are open until both are closed.
+    ///
+    /// # Errors
+    /// Where the process has no descriptors left.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        let again = |fd: &Option<OwnedFd>| fd.as_ref().map(OwnedFd::try_clone).transpose();
+        Ok(Self {
+            outbound: self.outbound.iter().map(OwnedFd::try_clone).collect::<io::Result<_>>()?,
+            inbound_v4: again(&self.inbound_v4)?,
+            inbound_v6: again(&self.inbound_v6)?,
+            ports: self.ports,
+        })
+    }
+
+    /// All of them: outbound ones, then the inbound one of IPv4, then that of IPv6.
+    pub fn all(&self) -> impl Iterator<Item = &OwnedFd> {
+        self.outbound.iter().chain(&self.inbound_v4).chain(&self.inbound_v6)
+    }
+}
+
 /// Where the outbound listeners are, for the kernel to redirect to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct OutboundPorts {

@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeSet, HashMap},
     net::IpAddr,
     sync::Arc,
+    time::Duration,
 };
 
 use arc_swap::ArcSwap;
@@ -26,6 +27,21 @@ pub struct EndpointKey {
     pub uid: Arc<str>,
     /// The cookie of its network namespace.
     pub netns: u64,
+}
+
+/// A registered endpoint, as the agent that serves it tells its successor.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Standing {
+    /// Its key.
+    pub key: EndpointKey,
+    /// The mode that the kernel has for it.
+    pub mode: Mode,
+    /// It is served: its successor must be able to before it takes over.
+    pub served: bool,
+    /// It has not been enrolled for so long, and still serves those who have not heard.
+    pub leaving_for: Option<Duration>,
+    /// It has been strict for so long, and its plaintext flows have their grace.
+    pub strict_for: Option<Duration>,
 }
 
 /// Everything applied on this node at one revision; published after the kernel maps.

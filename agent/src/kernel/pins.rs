@@ -35,11 +35,13 @@ pub(super) struct Pins {
 }
 
 impl Pins {
-    /// Opens (or makes) the instance's directory; maps of another layout are set aside.
+    /// Opens (or makes) the instance's directory; maps of another layout are set aside, or left
+    /// where they are while the agent that uses them runs (`in_use`).
     pub(super) fn open(
         bpffs: &Path,
         instance: &str,
         layouts: &BTreeMap<String, Layout>,
+        in_use: bool,
     ) -> Result<Self, KernelError> {
         let base = bpffs.join(instance);
         bpffs::ensure(&base)?;
@@ -51,6 +53,10 @@ impl Pins {
                 .map(|i| base.join(format!("v{ABI_VERSION}-other-{i}")))
                 .find(|path| !path.exists())
                 .unwrap_or_else(|| base.join("other"));
+            if in_use {
+                tracing::warn!(%difference, beside = %aside.display(), "pinned maps are of another layout, and in use: building anew beside them");
+                return Self::make(aside);
+            }
             tracing::warn!(%difference, aside = %aside.display(), "pinned maps are of another layout: building anew beside them");
             fs::rename(&current, &aside).map_err(|source| KernelError::Pin {
                 action: "set aside",
@@ -58,14 +64,26 @@ impl Pins {
                 source,
             })?;
         }
+        Self::make(current)
+    }
+
+    fn make(current: PathBuf) -> Result<Self, KernelError> {
         let links = current.join("links");
         fs::create_dir_all(&links).map_err(|source| KernelError::Pin {
             action: "make the directory of",
             path: links,
             source,
         })?;
-        let others = directories(&base).into_iter().filter(|path| *path != current).collect();
-        Ok(Self { current, others })
+        let mut pins = Self { current, others: Vec::new() };
+        pins.look_again();
+        Ok(pins)
+    }
+
+    /// Looks which other versions' pins are there by now.
+    pub(super) fn look_again(&mut self) {
+        let base = self.current.parent().unwrap_or(Path::new("/"));
+        let all = directories(base).into_iter();
+        self.others = all.filter(|path| *path != self.current).collect();
     }
 
     /// The directory of the maps.

@@ -81,6 +81,9 @@ pub struct KernelConfig {
     pub node: PathBuf,
     /// Value of [`super::features::MASK_VARIABLE`].
     pub mask_features: Option<String>,
+    /// Another agent serves the node: its programs go on deciding, and nothing that it has
+    /// pinned is touched, until [`Programs::activate`].
+    pub succeeds: bool,
 }
 
 /// The loaded and attached programs.
@@ -104,8 +107,8 @@ pub struct Programs {
 }
 
 impl Programs {
-    /// Loads everything, and attaches it unless another version's programs are attached:
-    /// those go on deciding until [`Programs::activate`].
+    /// Loads everything, and attaches it unless another version's or another agent's programs
+    /// are attached: those go on deciding until [`Programs::activate`].
     ///
     /// Call it before the process makes any socket: it may move the agent to a cgroup of
     /// its own ([`Hierarchy::settle_agent`]).
@@ -134,7 +137,7 @@ impl Programs {
             .cookie;
 
         let layouts = layouts(MAIN, MAIN_OBJECT)?;
-        let pins = Pins::open(&config.bpffs, &config.instance, &layouts)?;
+        let pins = Pins::open(&config.bpffs, &config.instance, &layouts, config.succeeds)?;
         let bits = features.bits();
         let mut ebpf = ObjectLoader::new(MAIN, MAIN_OBJECT, pins.maps(), bits).load()?;
         let lookup_loader = ObjectLoader::new(LOOKUP, LOOKUP_OBJECT, pins.maps(), bits);
@@ -161,10 +164,28 @@ impl Programs {
             guarded: BTreeSet::new(),
             warnings: Vec::new(),
         };
-        if !programs.pins.has_others() {
+        if !programs.pins.has_others() && !config.succeeds {
             programs.activate()?;
         }
         Ok((programs, maps))
+    }
+
+    /// Loads the programs anew, to take the place of whatever is attached by now: a successor
+    /// has replaced some of them and is gone. They wait for [`Programs::activate`].
+    ///
+    /// # Errors
+    /// As [`Programs::load`].
+    pub fn reload(&mut self) -> Result<(), KernelError> {
+        let mut ebpf =
+            ObjectLoader::new(MAIN, MAIN_OBJECT, self.pins.maps(), self.features.bits()).load()?;
+        for (program, ..) in HOOKS {
+            load_program(&mut ebpf, MAIN_OBJECT, program)?;
+        }
+        self.pins.look_again();
+        self.waiting = Some(ebpf);
+        self.lookups.clear();
+        self.guarded.clear();
+        Ok(())
     }
 
     /// Attaches the programs, or replaces the ones of another version, hook by hook, each

@@ -46,6 +46,7 @@ impl Host {
             workloads: self.name.join("kubepods"),
             node: self.name.clone(),
             mask_features: None,
+            succeeds: false,
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::{
     net::{IpAddr, SocketAddr},
     sync::{Arc, OnceLock},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use signet_ebpf::abi::{Direction, Reason, TUNNEL_PORT};
@@ -36,6 +36,9 @@ use crate::{
         tls::{PeerSvid, TlsError},
     },
 };
+
+/// A connection is kept at least so long when another process takes over.
+const YOUNG: Duration = Duration::from_secs(2);
 
 /// Why a connection is refused before it carries anything.
 #[derive(Debug, thiserror::Error)]
@@ -209,7 +212,8 @@ async fn accept(
     Counters::add(&plane.counters.accepted);
     let until = expiry(&svid, &certified);
     let verified_under = certified.bundle_generation;
-    let control = Control { drain: served.drain.child_token(), cut: served.cut.child_token() };
+    let control = Control { drain: CancellationToken::new(), cut: served.cut.child_token() };
+    let (begun, draining) = (Instant::now(), served.drain.clone());
     let (drain, cut) = (control.drain.clone(), control.cut.clone());
     let (tracker, settings) = (core.tracker.clone(), plane.config.hbone);
     let cut_for = OnceLock::new();
@@ -224,8 +228,17 @@ async fn accept(
     let retire = async {
         tokio::select! {
             () = sleep_until(until.into()) => {}
-            // An error means that trust is gone, with the whole agent.
-            _ = trust_changes.wait_for(|&now| now != verified_under) => {}
+            () = draining.cancelled() => {
+                // Whoever dialled it a moment ago has a request for it, and would dial once
+                // more in vain.
+                if plane.is_succeeded() {
+                    sleep_until((begun + YOUNG).into()).await;
+                }
+            }
+            () = async {
+                // An error means that trust is gone, with the whole agent.
+                let _ = trust_changes.wait_for(|&now| now != verified_under).await;
+            } => {}
         }
         drain.cancel();
         std::future::pending::<()>().await;
@@ -363,7 +376,7 @@ impl Tunnel {
             Ok(open) => open.destination,
             Err(error) => return Err(error.clone().into()),
         };
-        if self.served.drain.is_cancelled() {
+        if self.served.drain.is_cancelled() && !plane.is_succeeded() {
             return Err(Refused::Draining);
         }
         if Instant::now() >= self.until {

@@ -28,7 +28,10 @@ mod tests;
 use std::{
     collections::BTreeMap,
     io,
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::JoinHandle,
     time::Duration,
 };
@@ -105,6 +108,7 @@ impl DataPlane {
             flow_ids: Arc::default(),
             endpoints: Mutex::default(),
             drain: CancellationToken::new(),
+            succeeded: AtomicBool::new(false),
             cut: CancellationToken::new(),
         };
         start(Arc::new(plane), deps.commands)
@@ -203,6 +207,18 @@ impl DataPlaneHandle {
             // Every thread has ended in order.
             Err(_) => std::future::pending().await,
         }
+    }
+
+    /// As [`DataPlaneHandle::drain`], after another process has got the listeners: requests that
+    /// are on their way on connections of this one are served, not refused.
+    pub async fn retire(&self, within: Duration) {
+        self.plane.succeeded.store(true, Ordering::Release);
+        self.drain(within).await;
+    }
+
+    /// Ends a drain before its time.
+    pub fn cut(&self) {
+        self.plane.cut.cancel();
     }
 
     /// Accepts nothing more, says goodbye to peers, lets flows finish until `within` has

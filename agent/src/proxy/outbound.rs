@@ -45,6 +45,9 @@ use crate::{
 /// All of finding a tunnel, dialling included; the parts have limits of their own.
 const ESTABLISH_WITHIN: Duration = Duration::from_secs(60);
 
+/// How many connections that others have dialled are tried for a flow.
+const TRIES: u32 = 4;
+
 /// Why a flow is refused, for its record and for the application, which sees a reset.
 #[derive(Debug, thiserror::Error)]
 enum Refused {
@@ -333,7 +336,7 @@ impl Outbound<'_> {
         // Without an SVID the dial says so.
         let none = Stamp { trust: 0, svid_from: 0, svid_until: 0 };
         let stamp = || dial::current_stamp(plane, &key.identity).unwrap_or(none);
-        let mut second = false;
+        let mut tries = 0;
         loop {
             let dial = || {
                 let (tracker, served) = (self.core.tracker.clone(), self.served.clone());
@@ -350,10 +353,11 @@ impl Outbound<'_> {
                     // nobody else is to find it in the pool.
                     lease.client.retire();
                     // One that was dialled for this flow would only fail again.
-                    if second || !lease.reused {
+                    // A peer's agent that goes says so on each of its connections.
+                    tries += 1;
+                    if tries >= TRIES || !lease.reused {
                         return Err(error.into());
                     }
-                    second = true;
                 }
                 Err(error) => return Err(error.into()),
             }

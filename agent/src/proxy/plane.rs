@@ -2,7 +2,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -81,11 +84,19 @@ pub struct Plane {
     pub(super) endpoints: Mutex<HashMap<EndpointKey, Arc<Served>>>,
     /// Takes nothing new any more.
     pub(super) drain: CancellationToken,
+    /// Another process has the listeners: while this one drains, what reaches it all the same
+    /// is served.
+    pub(super) succeeded: AtomicBool,
     /// Everything ends now.
     pub(super) cut: CancellationToken,
 }
 
 impl Plane {
+    /// True once another process serves the endpoints.
+    pub(super) fn is_succeeded(&self) -> bool {
+        self.succeeded.load(Ordering::Acquire)
+    }
+
     /// The endpoints whose listeners are served; never hold it across an await.
     pub(super) fn served(&self) -> MutexGuard<'_, HashMap<EndpointKey, Arc<Served>>> {
         // A panic under the lock leaves a whole map behind.

@@ -21,6 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::StreamExt as _;
 use tokio::time;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::transport::Server;
@@ -114,9 +115,8 @@ pub struct WorkloadApiDeps {
     pub limits: Limits,
 }
 
-/// The Workload API on its socket.
+/// The Workload API.
 pub struct WorkloadApi {
-    socket: BoundSocket,
     method: Method,
     slots: Slots,
     service: Service,
@@ -145,12 +145,8 @@ pub fn bind(path: &Path) -> Result<BoundSocket, SocketError> {
 }
 
 impl WorkloadApi {
-    /// Puts it together on a bound socket; nothing is answered until [`WorkloadApi::serve`].
-    pub fn new(
-        socket: BoundSocket,
-        deps: WorkloadApiDeps,
-        params: SvidParams,
-    ) -> (Self, WorkloadApiHandle) {
+    /// Puts it together; nothing is answered until [`WorkloadApi::serve`].
+    pub fn new(deps: WorkloadApiDeps, params: SvidParams) -> (Self, WorkloadApiHandle) {
         let method = if deps.has_peer_pidfd {
             Method::PeerPidfd
         } else {
@@ -165,16 +161,24 @@ impl WorkloadApi {
         let service =
             Service::new(deps, Keeper::new(svids.clone()), Arc::clone(&counters), stop.clone());
         let handle = WorkloadApiHandle { svids, counters };
-        (Self { socket, method, slots: Slots::default(), service, stop }, handle)
+        (Self { method, slots: Slots::default(), service, stop }, handle)
     }
 
-    /// Answers until `shutdown` is done; open streams are then ended with a status.
+    /// Answers until `shutdown` is done; open streams are then ended with a status. After
+    /// `succeeded` only connections that are open go on: another process has the socket and its
+    /// file.
     ///
     /// # Errors
     /// When the transport fails.
-    pub async fn serve(self, shutdown: impl Future<Output = ()>) -> Result<(), SocketError> {
-        let Self { socket, method, slots, service, stop } = self;
+    pub async fn serve(
+        self,
+        socket: BoundSocket,
+        succeeded: CancellationToken,
+        shutdown: impl Future<Output = ()>,
+    ) -> Result<(), SocketError> {
+        let Self { method, slots, service, stop } = self;
         let BoundSocket { listener, file } = socket;
+        let path = file.path().to_owned();
         let (admission, limit) = (service.clone(), service.limits().connections);
         let admit = move |caller: &Caller| -> Option<Slot> {
             let payer = match admission.workload_of(caller) {
@@ -196,11 +200,20 @@ impl WorkloadApi {
             .http2_max_header_list_size(8 * 1024)
             .http2_keepalive_interval(Some(Duration::from_secs(60)))
             .add_service(service.into_server(MAX_REQUEST))
-            .serve_with_incoming(reception.connections());
-        let result = tokio::select! {
-            result = serving => {
-                result.map_err(|source| SocketError::Serve { path: file.path().to_owned(), source })
+            .serve_with_incoming(Box::pin(
+                reception.connections().take_until(succeeded.clone().cancelled_owned()),
+            ));
+        let serving = async {
+            // It returns when nothing more comes in.
+            serving.await.map_err(|source| SocketError::Serve { path, source })?;
+            if succeeded.is_cancelled() {
+                file.leave();
+                std::future::pending::<()>().await;
             }
+            Ok(())
+        };
+        let result = tokio::select! {
+            result = serving => result,
             () = shutdown => Ok(()),
         };
         stop.cancel();

@@ -153,7 +153,6 @@ impl Scene {
         let socket = host.dir.path().join("workload/workload.sock");
         let entries = Entries::open(None, &domain()).unwrap();
         let (api, handle) = WorkloadApi::new(
-            bind(&socket).unwrap(),
             WorkloadApiDeps {
                 state,
                 trust: Arc::clone(&trust),
@@ -174,7 +173,8 @@ impl Scene {
             },
         );
         let stop = CancellationToken::new();
-        tokio::spawn(api.serve(stop.clone().cancelled_owned()));
+        let serving = CancellationToken::new();
+        tokio::spawn(api.serve(bind(&socket).unwrap(), serving, stop.clone().cancelled_owned()));
         let scene = Self {
             host,
             hierarchy,

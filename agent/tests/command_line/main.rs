@@ -66,7 +66,7 @@ impl Node {
         let routes = Routes::new(observer.into_service()).add_service(admin.into_service());
         tokio::spawn(async move {
             let routes = routes.add_service(observer::health().await);
-            socket.serve(routes, std::future::pending()).await.unwrap();
+            socket.serve(routes, Default::default(), std::future::pending()).await.unwrap();
         });
         Self { dir, recorder }
     }
@@ -304,6 +304,7 @@ fn inputs(node: &str) -> StatusInputs {
         problems: vec![],
         since_turn: Some(Duration::from_millis(300)),
         settled: true,
+        succession: Default::default(),
         counters: vec![("handshake_failed{kind=\"expired\"}".into(), 3)],
     }
 }

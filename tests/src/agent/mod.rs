@@ -1,13 +1,17 @@
 //! The agents under test: started as a node would, asked by their own command line.
 
 pub mod flows;
+pub mod succession;
 pub mod usage;
 
 use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -15,14 +19,14 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
 
-pub use self::{flows::Flow, usage::Usage};
+pub use self::{flows::Flow, succession::Process, usage::Usage};
 use crate::{
     cgroup,
     lab::{LabOptions, eventually},
     metrics::Metrics,
     node::Node,
     pod::Pod,
-    process::{Output, Running, signet_binary, tail_of, without_own_variables},
+    process::{Output, signet_binary, tail_of, without_own_variables},
 };
 
 /// How long an agent may take to become ready, on a busy machine.
@@ -43,7 +47,9 @@ pub struct Agent {
     logs: PathBuf,
     flags: Mutex<Vec<String>>,
     env: Mutex<Vec<(String, String)>>,
-    running: Mutex<Option<Running>>,
+    running: Mutex<Option<Process>>,
+    /// How many were started.
+    started: AtomicUsize,
 }
 
 /// What an agent follows.
@@ -80,6 +86,7 @@ impl Agent {
             flags: Mutex::new(flags),
             env: Mutex::new(options.agent_env.clone()),
             running: Mutex::new(None),
+            started: AtomicUsize::new(0),
         }
     }
 
@@ -176,24 +183,32 @@ impl Agent {
             "{}: the agent runs already",
             self.node.name
         );
+        *running = Some(self.start_process(&[])?);
+        Ok(())
+    }
+
+    /// One process of it, with a socket of its own.
+    fn start_process(&self, further: &[&str]) -> Result<Process> {
+        let number = self.started.fetch_add(1, Ordering::Relaxed);
+        let socket = self.node.run_dir.join(format!("own-{number}/agent.sock"));
         let binary = signet_binary()?.display().to_string();
-        let arguments = self.arguments()?;
         let mut argv: Vec<String> = vec!["env".into()];
         argv.extend(lock(&self.env).iter().map(|(key, value)| format!("{key}={value}")));
         argv.push(binary);
-        argv.extend(arguments);
+        argv.extend(self.arguments()?);
+        argv.extend(["--own-socket".into(), socket.display().to_string()]);
+        argv.extend(further.iter().map(|f| (*f).to_owned()));
         let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
-        *running = Some(
-            self.node.agent_place().start_program(&format!("agent-{}", self.node.name), &argv)?,
-        );
-        Ok(())
+        let name = format!("agent-{}", self.node.name);
+        let running = self.node.agent_place().start_program(&name, &argv)?;
+        Ok(Process::new(running, socket))
     }
 
     /// Waits until `signet status` says READY.
     pub fn wait_ready(&self) -> Result<()> {
         let started = Instant::now();
         let outcome = eventually("the agent is READY", READY_TIMEOUT, || {
-            if let Some(status) = lock(&self.running).as_mut().and_then(Running::ended) {
+            if let Some(status) = lock(&self.running).as_mut().and_then(Process::ended) {
                 return Ok(Some(Err(status)));
             }
             let answer = self.cli(&["status"])?;
@@ -256,7 +271,7 @@ impl Agent {
     pub fn pid(&self) -> Result<u32> {
         lock(&self.running)
             .as_ref()
-            .map(Running::pid)
+            .map(Process::pid)
             .with_context(|| format!("{}: the agent does not run", self.node.name))
     }
 

@@ -13,6 +13,7 @@ mod core;
 mod federation;
 mod first_packet;
 mod foreign;
+mod handover;
 mod hostile;
 mod kubernetes;
 mod lifecycle;

@@ -3,6 +3,7 @@
 
 mod objects;
 mod references;
+mod surge;
 
 use std::{
     fs,
@@ -83,6 +84,7 @@ fn faults(objects: &[Value]) -> Vec<String> {
         faults.extend(objects::faults(object));
     }
     faults.extend(references::faults(objects));
+    faults.extend(surge::faults(objects));
     faults
 }
 

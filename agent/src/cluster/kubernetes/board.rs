@@ -95,6 +95,10 @@ impl EnrolmentBoard for KubernetesBoard {
             None => Ok(news),
         }
     }
+
+    fn fall_silent(&mut self) {
+        self.wanted.send_replace(None);
+    }
 }
 
 impl KubernetesBoard {

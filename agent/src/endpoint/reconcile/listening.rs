@@ -11,12 +11,16 @@ use signet_ebpf::abi::{ListenerKey, Mode};
 use super::{
     super::{
         plan::{self, Params, Plan},
-        sockets::{self, ListenerCommand, OutboundPorts},
+        sockets::{self, ListenerCommand},
         state::EndpointKey,
     },
-    Listeners, RETRY, ReconcileError, Reconciler, own_pods,
+    Listeners, RETRY, ReconcileError, Reconciler, Role, own_pods,
 };
-use crate::{cluster::model::World, netns::NetnsFd};
+use crate::{
+    cluster::model::World,
+    kernel::{KernelError, Maps},
+    netns::NetnsFd,
+};
 
 /// Pods that get their listeners in one turn: a storm of new pods must not hold the others
 /// (those that are off, above all) up.
@@ -58,9 +62,9 @@ impl Reconciler {
             }
             left -= 1;
             let state = match self.open(&key, &netns, backlog).await? {
-                Ok(ports) => {
+                Ok(kept) => {
                     opened = true;
-                    Listeners::Handed(ports)
+                    Listeners::Handed(kept)
                 }
                 Err(why) => {
                     opened |= !matches!(self.listeners.get(&key), Some(Listeners::Failed(old, _)) if **old == *why);
@@ -78,7 +82,7 @@ impl Reconciler {
         key: &EndpointKey,
         netns: &Arc<NetnsFd>,
         backlog: u32,
-    ) -> Result<Result<OutboundPorts, String>, ReconcileError> {
+    ) -> Result<Result<sockets::Listeners, String>, ReconcileError> {
         // Plaintext is refused by this program; without it nothing is served.
         if let Err(error) = self.deps.programs.attach_lookup(netns) {
             return Ok(Err(error.to_string()));
@@ -87,23 +91,68 @@ impl Reconciler {
             Ok(opened) => opened,
             Err(error) => return Ok(Err(error.to_string())),
         };
-        let mut inbound = Vec::with_capacity(2);
-        for (family, listener) in [(AF_INET, opened.inbound_v4), (AF_INET6, opened.inbound_v6)] {
-            let Some(listener) = listener else { continue };
-            let key = ListenerKey { netns: netns.cookie, family, pad: 0 };
-            if let Err(error) = self.deps.maps.set_listener(key, &listener) {
-                return Ok(Err(error.to_string()));
+        match self.hand_over(key, netns, opened) {
+            Ok((kept, command)) => {
+                self.deps.listeners.send(command).map_err(|_| ReconcileError::DataPlaneGone)?;
+                Ok(Ok(kept))
             }
-            inbound.push(listener);
+            Err(why) => Ok(Err(why)),
         }
+    }
+
+    /// Has tunnels steered to these listeners; the command has the proxy serve them. They are
+    /// kept here, too, for a successor.
+    fn hand_over(
+        &mut self,
+        key: &EndpointKey,
+        netns: &Arc<NetnsFd>,
+        listeners: sockets::Listeners,
+    ) -> Result<(sockets::Listeners, ListenerCommand), String> {
+        let kept = listeners.try_clone().map_err(|error| error.to_string())?;
+        steer(&mut self.deps.maps, netns.cookie, &kept).map_err(|error| error.to_string())?;
+        let inbound = listeners.inbound_v4.into_iter().chain(listeners.inbound_v6).collect();
         let command = ListenerCommand::Serve {
             key: key.clone(),
             netns: netns.clone(),
-            outbound: opened.outbound,
+            outbound: listeners.outbound,
             inbound,
         };
-        self.deps.listeners.send(command).map_err(|_| ReconcileError::DataPlaneGone)?;
-        Ok(Ok(opened.ports))
+        Ok((kept, command))
+    }
+
+    /// Goes on with listeners that an earlier process has handed over, as far as their pods are
+    /// found; true when there were such. Until then, and until the state that judges their flows
+    /// is published ([`Self::serve_adopted`]), connections wait in them.
+    pub(super) fn adopt_listeners(&mut self, now: Instant) -> bool {
+        let found = self.discovery.found();
+        let ready: Vec<(EndpointKey, Arc<NetnsFd>)> = self
+            .adopted
+            .keys()
+            .filter_map(|key| {
+                let found = found.get(&key.uid).filter(|f| f.netns.cookie == key.netns)?;
+                Some((key.clone(), found.netns.clone()))
+            })
+            .collect();
+        for (key, netns) in &ready {
+            let Some(listeners) = self.adopted.remove(key) else { continue };
+            let state = match self.hand_over(key, netns, listeners) {
+                Ok((kept, command)) => {
+                    self.to_serve.push(command);
+                    Listeners::Handed(kept)
+                }
+                Err(why) => Listeners::Failed(why.into(), now),
+            };
+            self.listeners.insert(key.clone(), state);
+        }
+        !ready.is_empty()
+    }
+
+    /// Has the proxy accept from listeners that were handed over.
+    pub(super) fn serve_adopted(&mut self) -> Result<(), ReconcileError> {
+        for command in self.to_serve.drain(..) {
+            self.deps.listeners.send(command).map_err(|_| ReconcileError::DataPlaneGone)?;
+        }
+        Ok(())
     }
 
     /// Stops serving endpoints whose pod or sandbox is gone, at once.
@@ -138,7 +187,9 @@ impl Reconciler {
 
     fn stop(&mut self, key: &EndpointKey, drain: Duration) -> Result<(), ReconcileError> {
         let Some(Listeners::Handed(_)) = self.listeners.remove(key) else { return Ok(()) };
-        for family in [AF_INET, AF_INET6] {
+        // The maps may be another process's by now.
+        let families: &[u32] = if self.role == Role::Acting { &[AF_INET, AF_INET6] } else { &[] };
+        for &family in families {
             let key = ListenerKey { netns: key.netns, family, pad: 0 };
             if let Err(error) = self.deps.maps.remove_listener(&key) {
                 self.fail("kernel maps", &error);
@@ -196,4 +247,19 @@ impl Reconciler {
             }
         }
     }
+}
+
+/// Has the sk_lookup program lead tunnels of a pod to its inbound listeners.
+pub(super) fn steer(
+    maps: &mut Maps,
+    netns: u64,
+    listeners: &sockets::Listeners,
+) -> Result<(), KernelError> {
+    for (family, listener) in [(AF_INET, &listeners.inbound_v4), (AF_INET6, &listeners.inbound_v6)]
+    {
+        if let Some(listener) = listener {
+            maps.set_listener(ListenerKey { netns, family, pad: 0 }, listener)?;
+        }
+    }
+    Ok(())
 }

@@ -7,6 +7,7 @@
 mod closing;
 mod listening;
 mod pulse;
+mod succession;
 mod surveying;
 mod upkeep;
 mod waking;
@@ -22,6 +23,8 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 pub use self::pulse::Pulse;
+use self::succession::Role;
+pub use self::succession::{Command, Control, Given, Start};
 pub use self::surveying::{Survey, Surveyed};
 use self::waking::{Wake, Woken};
 pub use super::sweep::MapFill;
@@ -33,9 +36,8 @@ use super::{
     probes::ProbeCgroups,
     rejudge::Closed,
     released::Follower,
-    sockets::{ListenerCommand, OutboundPorts},
+    sockets::{self, ListenerCommand},
     state::{EndpointKey, NodeState, NodeStatePublisher},
-    sweep,
     tables::Tables,
 };
 use crate::{
@@ -57,8 +59,9 @@ const IMPATIENCE: Duration = Duration::from_secs(60);
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Announces served pods (uid → `namespace/name`) at a revision; the error is for people.
+/// `None`: another process speaks from now on, and what was said stays.
 pub type Announce =
-    Box<dyn FnMut(&BTreeMap<PodUid, Arc<str>>, u64) -> Result<(), String> + Send + Sync>;
+    Box<dyn FnMut(Option<&BTreeMap<PodUid, Arc<str>>>, u64) -> Result<(), String> + Send + Sync>;
 
 /// How many flows the data plane has open for an endpoint.
 pub type OpenFlows = Arc<dyn Fn(&EndpointKey) -> usize + Send + Sync>;
@@ -91,6 +94,10 @@ pub struct Deps {
     pub report: watch::Sender<KernelReport>,
     /// Where turns are noted, for probes.
     pub pulse: Pulse,
+    /// Whether the maps are this process's from the beginning.
+    pub start: Start,
+    /// What a hand-over asks for.
+    pub commands: mpsc::Receiver<Command>,
 }
 
 /// Flows of an endpoint that were closed from the kernel's side.
@@ -156,19 +163,29 @@ pub async fn run(
     let mut task = Reconciler::start(deps)?;
     let mut wake = Wake::new(&task, surveys);
     loop {
-        let changed = match wake.wait(&task, &stop).await? {
+        let changed = match wake.wait(&mut task, &stop).await? {
             Woken::Stop => {
-                task.unannounce();
+                if task.role == Role::Acting {
+                    task.unannounce();
+                }
                 return Ok(());
             }
             Woken::Asked(survey) => {
                 task.survey(survey).await;
                 false
             }
+            Woken::Told(command) => {
+                task.obey(command).await?;
+                continue;
+            }
             Woken::Changed => true,
             Woken::Time => false,
         };
-        task.turn(changed).await?;
+        match task.role {
+            Role::Waiting => {}
+            Role::Acting => task.turn(changed).await?,
+            Role::Yielded => task.watch(changed).await?,
+        }
         task.deps.pulse.turned();
     }
 }
@@ -178,12 +195,18 @@ type Policies = HashMap<u64, Option<Arc<Vec<PolicyEntry>>>>;
 
 /// An endpoint's listeners, as far as this task knows.
 enum Listeners {
-    Handed(OutboundPorts),
+    /// Served; these are the same once more, for a successor.
+    Handed(sockets::Listeners),
     Failed(Arc<str>, Instant),
 }
 
 struct Reconciler {
     deps: Deps,
+    role: Role,
+    /// Listeners of an earlier process whose pods are not found yet.
+    adopted: HashMap<EndpointKey, sockets::Listeners>,
+    /// Listeners of an earlier process that are served once the state is published.
+    to_serve: Vec<ListenerCommand>,
     discovery: Discovery,
     applied: Tables,
     numbers: Numbers,
@@ -215,13 +238,7 @@ struct Reconciler {
 }
 
 impl Reconciler {
-    fn start(mut deps: Deps) -> Result<Self, ReconcileError> {
-        let mut applied = apply::read(&deps.maps).map_err(ReconcileError::Inherit)?;
-        let inherited = applied.pods.iter().map(|(n, e)| (*n, Mode::from_u8(e.mode))).collect();
-        apply::close_all(&mut deps.maps, &mut applied).map_err(ReconcileError::Inherit)?;
-        sweep::forget_revisions(&mut deps.maps).map_err(ReconcileError::Inherit)?;
-        sweep::forget_tunnels(&mut deps.maps).map_err(ReconcileError::Inherit)?;
-        let rows = deps.maps.identities.rows().map_err(ReconcileError::Inherit)?;
+    fn start(deps: Deps) -> Result<Self, ReconcileError> {
         let programs = &deps.programs;
         let discovery = Discovery::new(
             programs.hierarchy().clone(),
@@ -232,17 +249,17 @@ impl Reconciler {
         let workloads_level = programs.workloads_level();
         let mut released = Follower::new(deps.config.borrow().state_dir.clone());
         released.poll();
-        let said_enforcement = match &released.current().node {
-            Some(node) => node.before,
-            None => applied.config.enforcement,
-        };
+        let start = deps.start;
         let mut task = Self {
             deps,
+            role: Role::Waiting,
+            adopted: HashMap::new(),
+            to_serve: Vec::new(),
             discovery,
-            applied,
-            numbers: Numbers::new(Identities::from_rows(&rows)),
+            applied: Tables::default(),
+            numbers: Numbers::new(Identities::from_rows(&[])),
             memory: Memory::new(),
-            inherited,
+            inherited: BTreeMap::new(),
             full: BTreeSet::new(),
             closed: BTreeSet::new(),
             listeners: HashMap::new(),
@@ -263,9 +280,12 @@ impl Reconciler {
             plaintext: BTreeMap::new(),
             failures: Vec::new(),
             released,
-            said_enforcement,
+            said_enforcement: enforcement::ENFORCE,
         };
         task.find_probes();
+        if start == Start::AtOnce {
+            task.inherit(None)?;
+        }
         Ok(task)
     }
 
@@ -278,24 +298,13 @@ impl Reconciler {
         if !world.synced.pods {
             return Ok(());
         }
-        let mut params = params(&config, &self.deps.programs, self.workloads_level);
-        let released = self.released.poll();
-        self.said_enforcement = match world.enforcement {
-            Override::Absent => params.config.enforcement,
-            Override::Is(word) => word.number(),
-            // What is pinned, also from before this process.
-            Override::Unreadable => self.said_enforcement,
-        };
-        params.config.enforcement = match self.released.current().node {
-            Some(_) => enforcement::OFF,
-            None => self.said_enforcement,
-        };
-        params.released = self.released.current().pod_names();
+        let (params, released) = self.params(&world, &config);
         let pods = own_pods(&world, &params);
         let mut changed = changed | released | self.discovery.poll(&pods, now).await;
         changed |= self.follow_workloads();
         self.note_missing(now);
         changed |= self.drop_listeners_of_the_gone()?;
+        changed |= self.adopt_listeners(now);
         changed |= self.open_listeners(&world, &params, config.limits.backlog, now).await?;
         changed |= self.sweep(now).await;
         changed |= self.due.is_some_and(|due| due <= now);
@@ -310,6 +319,24 @@ impl Reconciler {
         Ok(())
     }
 
+    /// What a plan depends on besides the world, and whether releases have changed.
+    fn params(&mut self, world: &World, config: &AgentConfig) -> (Params, bool) {
+        let mut params = params(config, &self.deps.programs, self.workloads_level);
+        let released = self.released.poll();
+        self.said_enforcement = match world.enforcement {
+            Override::Absent => params.config.enforcement,
+            Override::Is(word) => word.number(),
+            // What is pinned, also from before this process.
+            Override::Unreadable => self.said_enforcement,
+        };
+        params.config.enforcement = match self.released.current().node {
+            Some(_) => enforcement::OFF,
+            None => self.said_enforcement,
+        };
+        params.released = self.released.current().pod_names();
+        (params, released)
+    }
+
     /// Plans and applies.
     async fn apply(
         &mut self,
@@ -319,17 +346,7 @@ impl Reconciler {
     ) -> Result<(), ReconcileError> {
         self.due = None;
         let observed = self.observed(world, params);
-        let input = Input {
-            world,
-            observed: &observed,
-            params,
-            memory: &self.memory,
-            inherited: &self.inherited,
-            full: &self.full,
-            closed: &self.closed,
-            now: now.duration_since(self.started),
-        };
-        let mut plan = plan::plan(&input, &mut self.numbers);
+        let mut plan = self.plan(world, params, &observed, now);
         self.failures.clear();
         if !self.write_identities() {
             // No map may hold a number whose name is not pinned: nothing is applied.
@@ -347,6 +364,7 @@ impl Reconciler {
         let mut outcome = apply::apply(&mut self.deps.maps, &mut self.applied, &between);
         plan.state.problems.append(&mut self.failures.clone());
         self.publish(&plan);
+        self.serve_adopted()?;
         let given = apply::apply(&mut self.deps.maps, &mut self.applied, &plan.tables);
         outcome.full.extend(given.full);
         outcome.closed.extend(given.closed);
@@ -378,6 +396,26 @@ impl Reconciler {
         self.last_state = Some(plan.state);
         self.report();
         Ok(())
+    }
+
+    fn plan(
+        &mut self,
+        world: &Arc<World>,
+        params: &Params,
+        observed: &Observed,
+        now: Instant,
+    ) -> Plan {
+        let input = Input {
+            world,
+            observed,
+            params,
+            memory: &self.memory,
+            inherited: &self.inherited,
+            full: &self.full,
+            closed: &self.closed,
+            now: now.duration_since(self.started),
+        };
+        plan::plan(&input, &mut self.numbers)
     }
 
     /// When to plan again without anything happening.
@@ -422,7 +460,7 @@ impl Reconciler {
         let pods = self.discovery.found().iter().map(|(uid, found)| {
             let key = EndpointKey { uid: uid.clone(), netns: found.netns.cookie };
             let (listeners, listeners_failed) = match self.listeners.get(&key) {
-                Some(Listeners::Handed(ports)) => (Some(*ports), None),
+                Some(Listeners::Handed(kept)) => (Some(kept.ports), None),
                 Some(Listeners::Failed(why, _)) => (None, Some(why.clone())),
                 None => (None, None),
             };
@@ -526,7 +564,7 @@ impl Reconciler {
         if plan.announce == self.announced && self.announce_failed.is_none() {
             return;
         }
-        match (self.deps.announce)(&plan.announce, plan.state.revision) {
+        match (self.deps.announce)(Some(&plan.announce), plan.state.revision) {
             Ok(()) => {
                 self.announced.clone_from(&plan.announce);
                 self.announce_failed = None;
@@ -540,7 +578,7 @@ impl Reconciler {
 
     fn unannounce(&mut self) {
         let revision = self.planned.unwrap_or(0);
-        if let Err(error) = (self.deps.announce)(&BTreeMap::new(), revision) {
+        if let Err(error) = (self.deps.announce)(Some(&BTreeMap::new()), revision) {
             tracing::error!(%error, "un-announcing this node's pods failed");
         }
     }

@@ -98,7 +98,9 @@ impl Node {
             svids: SvidManager::start(Arc::new(issuer), SvidParams::default()),
             listeners,
             announce: Box::new(move |served, _| {
-                board.lock().unwrap().clone_from(served);
+                if let Some(served) = served {
+                    board.lock().unwrap().clone_from(served);
+                }
                 Ok(())
             }),
             open_flows: Arc::new(|_| 0),
@@ -106,6 +108,8 @@ impl Node {
             state,
             report: watch::channel(KernelReport::default()).0,
             pulse: Pulse::default(),
+            start: Start::AtOnce,
+            commands: mpsc::channel(1).1,
         };
         let task = tokio::spawn(run(deps, mpsc::channel(1).1, stop.clone()));
         Self {

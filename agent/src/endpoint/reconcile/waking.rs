@@ -8,7 +8,7 @@ use std::{
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::{super::watcher::DirectoryWatcher, ReconcileError, Reconciler, Survey};
+use super::{super::watcher::DirectoryWatcher, Command, ReconcileError, Reconciler, Survey};
 use crate::{cluster::model::World, config::AgentConfig};
 
 /// How often the task turns at least: within the time that the heartbeat allows.
@@ -21,6 +21,8 @@ const TURN_WAITING: Duration = Duration::from_millis(20);
 pub(super) enum Woken {
     /// Somebody asks.
     Asked(Survey),
+    /// A hand-over goes on.
+    Told(Command),
     /// The world, the configuration or an SVID changed.
     Changed,
     /// Time passed, or a directory was made.
@@ -53,7 +55,7 @@ impl Wake {
 
     pub(super) async fn wait(
         &mut self,
-        task: &Reconciler,
+        task: &mut Reconciler,
         stop: &CancellationToken,
     ) -> Result<Woken, ReconcileError> {
         let turn = if task.is_impatient() { TURN_WAITING } else { TURN };
@@ -62,6 +64,7 @@ impl Wake {
         tokio::select! {
             biased;
             () = stop.cancelled() => Ok(Woken::Stop),
+            Some(command) = task.deps.commands.recv() => Ok(Woken::Told(command)),
             changed = self.world.changed() => {
                 changed.map_err(|_| ReconcileError::WorldGone)?;
                 Ok(Woken::Changed)

@@ -194,6 +194,14 @@ impl Edges {
         Self(Arc::new(Mutex::new(table)))
     }
 
+    /// Becomes another history: what an earlier process has seen since this one began to read.
+    pub fn replace(&self, other: &Self) {
+        let mut newer = std::mem::take(&mut *other.table());
+        let mut table = self.table();
+        newer.generation = table.generation + 1;
+        *table = newer;
+    }
+
     /// Counts a verdict.
     pub fn record(&self, record: &FlowRecord) {
         if record.event == FlowEvent::Verdict {

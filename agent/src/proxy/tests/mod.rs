@@ -360,6 +360,7 @@ impl Node {
             counters: Counters::default(),
             flow_ids: Arc::default(),
             endpoints: Mutex::default(),
+            succeeded: false.into(),
             drain: CancellationToken::new(),
             cut: CancellationToken::new(),
         });
