@@ -345,7 +345,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     let mut reconciling = tokio::spawn(reconcile::run(deps, asked, stop.clone()));
     kernel::memory::keep_giving_back(ended.clone())
         .map_err(start("the thread that gives memory back"))?;
-    let (sockets, _predecessor) = match sockets {
+    let (sockets, predecessor) = match sockets {
         Some(sockets) => (sockets, None),
         None => {
             let before = async || {
@@ -366,6 +366,13 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
             }
         }
     };
+    if let Some(mut predecessor) = predecessor {
+        let control = control.clone();
+        tokio::spawn(async move {
+            predecessor.closed().await;
+            control.alone().await;
+        });
+    }
     let node_sockets = sockets.descriptors()?;
     let until = || (succeeded.clone(), ended.clone().cancelled_owned());
     let (gone, end) = until();

@@ -4,21 +4,32 @@
 use std::{
     net::SocketAddr,
     os::fd::{AsRawFd, BorrowedFd},
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use aya::maps::{HashMap, Map, MapData, MapError, SkStorage};
 use signet_ebpf::abi::{FlowKey, Handover, Ip};
 
-use super::{KernelError, clock};
+use super::{KernelError, clock, pins::directories};
 
 /// The data plane's side of the address hand-over; shared by all its cores.
 #[derive(Debug)]
 pub struct FlowSockets {
     accepted: SkStorage<MapData, Handover>,
+    pins: PathBuf,
+    /// Other versions' maps of accepted sockets: while one agent takes over from another, each
+    /// may accept what the other's programs have led to it.
+    others: Mutex<Others>,
     /// Shards by port, so that cores do not wait for each other: aya's writers take `&mut`.
     shards: Vec<Mutex<Shard>>,
+}
+
+#[derive(Debug, Default)]
+struct Others {
+    looked: Option<Instant>,
+    accepted: Vec<SkStorage<MapData, Handover>>,
 }
 
 #[derive(Debug)]
@@ -26,6 +37,9 @@ struct Shard {
     client_of: SkStorage<MapData, Handover>,
     clients: HashMap<MapData, FlowKey, Handover>,
 }
+
+/// How often other versions' maps are looked for at most.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// Whether an application's socket has got its client's address.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -54,14 +68,34 @@ impl FlowSockets {
                 }))
             })
             .collect::<Result<_, KernelError>>()?;
-        Ok(Self { accepted: open(pins, "ACCEPTED", Map::SkStorage)?, shards })
+        Ok(Self {
+            accepted: open(pins, "ACCEPTED", Map::SkStorage)?,
+            pins: pins.to_owned(),
+            others: Mutex::default(),
+            shards,
+        })
     }
 
     /// What the client of an accepted outbound socket dialled; `None` for a direct dial of
     /// the agent's port, which is to be closed.
     pub fn original(&self, socket: BorrowedFd<'_>) -> Option<SocketAddr> {
-        let value = self.accepted.get(&socket.as_raw_fd(), 0).ok()?;
+        let own = self.accepted.get(&socket.as_raw_fd(), 0).ok();
+        let value = own.or_else(|| self.original_elsewhere(socket))?;
         Some(SocketAddr::new(value.ip.to_std(), value.port))
+    }
+
+    /// The same by another version's programs, where there are any. Rare: no redirected client
+    /// comes here otherwise.
+    fn original_elsewhere(&self, socket: BorrowedFd<'_>) -> Option<Handover> {
+        let mut others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
+        if others.looked.is_none_or(|looked| looked.elapsed() >= LOOK_EVERY) {
+            let base = self.pins.parent()?;
+            // One of another layout cannot be read, and says nothing.
+            let open = |dir: PathBuf| open(&dir, "ACCEPTED", Map::SkStorage).ok();
+            others.accepted = directories(base).into_iter().filter_map(open).collect();
+            others.looked = Some(Instant::now());
+        }
+        others.accepted.iter().find_map(|map| map.get(&socket.as_raw_fd(), 0).ok())
     }
 
     /// Makes the application's end of `socket`, which is not yet connected, show `client`.

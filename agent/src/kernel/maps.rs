@@ -138,6 +138,13 @@ impl Maps {
         })
     }
 
+    /// Takes over what another version's programs have noted of flows that go on, as far as its
+    /// rows are like ours: UDP flows and probes. What is here already stays.
+    pub fn carry(&mut self, pins: &Path) {
+        self.udp_flows.carry(pins, "UDP_FLOWS");
+        self.attested.carry(pins, "ATTESTED");
+    }
+
     /// The configuration.
     pub fn config(&self) -> Result<Config, KernelError> {
         self.config.get(&0, 0).map_err(failed("CONFIG", "read"))
@@ -264,6 +271,18 @@ impl<K: Pod, V: Pod> Table<K, V> {
     pub(crate) fn scratch(rows: u32) -> Self {
         let map = HashMap::create(rows, NO_PREALLOC).expect("a map");
         Self { name: "SCRATCH", map, capacity: rows }
+    }
+
+    /// Adds the rows of the table of this name elsewhere.
+    fn carry(&mut self, pins: &Path, name: &'static str) {
+        let rows = Self::open(pins, name).and_then(|other| other.rows());
+        let added = rows.and_then(|rows| {
+            rows.into_iter().try_for_each(|(key, value)| self.add(key, value).map(drop))
+        });
+        if let Err(error) = added {
+            // Of another layout, or not there: its flows are judged anew.
+            tracing::info!(pins = %pins.display(), %error, "not taken over from another version");
+        }
     }
 
     /// The map's name.

@@ -8,13 +8,14 @@ use std::{
     collections::BTreeMap,
     ffi::OsStr,
     fs, io,
+    os::fd::AsFd,
     path::{Path, PathBuf},
 };
 
 use aya::maps::MapInfo;
 use signet_ebpf::abi::ABI_VERSION;
 
-use super::{KernelError, bpffs};
+use super::{KernelError, bpf, bpffs};
 
 /// What decides whether a pinned map can be used by the embedded programs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -105,6 +106,11 @@ impl Pins {
             .collect()
     }
 
+    /// Other versions' directories.
+    pub(super) fn others(&self) -> &[PathBuf] {
+        &self.others
+    }
+
     /// True while another version's pins are there.
     pub(super) fn has_others(&self) -> bool {
         !self.others.is_empty()
@@ -127,6 +133,17 @@ impl Pins {
         }
         Ok(())
     }
+}
+
+/// Takes a pinned link off its hook, whoever else holds it, and removes the pin.
+pub(super) fn detach(path: &Path) -> Result<(), KernelError> {
+    if let Ok(link) = bpf::object_get(path)
+        && let Err(error) = bpf::link_detach(link.as_fd())
+    {
+        // What it was attached to may be gone; without its pin it is of no effect either.
+        tracing::debug!(path = %path.display(), %error, "link not detached");
+    }
+    unpin(path)
 }
 
 /// Removes one pin; a missing one is no error.

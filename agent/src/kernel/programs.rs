@@ -68,6 +68,10 @@ const HOOKS: [(&str, u32, Root); 13] = [
     ("connect6", attach::CGROUP_INET6_CONNECT, Root::Workloads),
 ];
 
+/// So many of [`HOOKS`], the first ones, only record and answer: two versions of them may be
+/// attached at a time, each over its own maps.
+const RECORDING: usize = 7;
+
 /// What the loader must know.
 #[derive(Clone, Debug)]
 pub struct KernelConfig {
@@ -103,6 +107,8 @@ pub struct Programs {
     /// The raw guard's programs, attached to each device on its own.
     guard: Ebpf,
     guarded: BTreeSet<u32>,
+    /// An agent of another version still has flows: what it records stays attached.
+    predecessor: bool,
     warnings: Vec<String>,
 }
 
@@ -162,6 +168,7 @@ impl Programs {
             lookups: BTreeSet::new(),
             guard,
             guarded: BTreeSet::new(),
+            predecessor: config.succeeds,
             warnings: Vec::new(),
         };
         if !programs.pins.has_others() && !config.succeeds {
@@ -188,9 +195,13 @@ impl Programs {
         Ok(())
     }
 
-    /// Attaches the programs, or replaces the ones of another version, hook by hook, each
-    /// at once; then removes what is left of other versions. The new maps must be filled
-    /// before. Does nothing when they are attached already.
+    /// Attaches the programs in place of what is there. This version's are replaced hook by hook,
+    /// each at once. Another version's have maps of their own, so a connection must meet one
+    /// version alone on all of its hooks: this version's are attached beside them, first what
+    /// records, last what redirects; then the other's go, first what redirects. What only records
+    /// stays for as long as a predecessor has flows ([`Programs::predecessor_is_gone`]).
+    ///
+    /// The new maps must be filled before. Does nothing when the programs are attached already.
     ///
     /// # Errors
     /// Names the hook. What was replaced so far stays replaced.
@@ -204,7 +215,26 @@ impl Programs {
                 return Err(error);
             }
         }
-        self.pins.remove_others()
+        for (program, ..) in HOOKS[RECORDING..].iter().rev() {
+            for link in self.pins.other_links(program) {
+                pins::detach(&link)?;
+            }
+        }
+        if self.predecessor { Ok(()) } else { self.pins.remove_others() }
+    }
+
+    /// No other process has flows: what other versions have left goes.
+    ///
+    /// # Errors
+    /// Where a pin cannot be removed.
+    pub fn predecessor_is_gone(&mut self) -> Result<(), KernelError> {
+        self.predecessor = false;
+        if self.is_waiting() { Ok(()) } else { self.pins.remove_others() }
+    }
+
+    /// The directories of other versions' maps.
+    pub fn other_pins(&self) -> &[PathBuf] {
+        self.pins.others()
     }
 
     /// True while another version's programs decide ([`Programs::activate`]).
@@ -322,7 +352,8 @@ impl Programs {
         program: BorrowedFd<'_>,
     ) -> Result<(), KernelError> {
         let cgroup = self.root(root).clone();
-        if self.replace(name, |found| found == LinkTarget::Cgroup(cgroup.id), program)? {
+        let wanted = |found| found == LinkTarget::Cgroup(cgroup.id);
+        if self.replace_at(vec![self.pins.link(name)], name, wanted, program)? {
             return Ok(());
         }
         if let Some(shadowed) = self.overridable(hook, &cgroup) {
@@ -347,9 +378,20 @@ impl Programs {
         wanted: impl Fn(LinkTarget) -> bool,
         program: BorrowedFd<'_>,
     ) -> Result<bool, KernelError> {
-        let path = self.pins.link(name);
-        let mut candidates = vec![path.clone()];
+        let mut candidates = vec![self.pins.link(name)];
         candidates.extend(self.pins.other_links(name));
+        self.replace_at(candidates, name, wanted, program)
+    }
+
+    /// The same for these pins alone.
+    fn replace_at(
+        &self,
+        candidates: Vec<PathBuf>,
+        name: &str,
+        wanted: impl Fn(LinkTarget) -> bool,
+        program: BorrowedFd<'_>,
+    ) -> Result<bool, KernelError> {
+        let path = self.pins.link(name);
         let mut replaced = false;
         for candidate in candidates.iter().filter(|path| path.exists()) {
             let failed = |source| KernelError::Replace { path: candidate.clone(), source };

@@ -5,7 +5,9 @@
 //! streams); without it the load is smaller.
 
 use std::{
-    fs, thread,
+    fs,
+    path::Path,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -43,7 +45,7 @@ struct Traffic {
 impl Traffic {
     fn start(mesh: &Mesh) -> Result<Self> {
         let full = std::env::var_os("SIGNET_LAB_HANDOVER").is_some_and(|v| v == "full");
-        let (parallel, interval_ms, streams) = if full { (16, 20, 200) } else { (4, 20, 20) };
+        let (parallel, interval_ms, streams) = if full { (32, 20, 200) } else { (4, 20, 20) };
         let mut loads = Vec::new();
         for to in [mesh.payments.at(HTTP), mesh.reports.at(HTTP)] {
             // Most of it to an enrolled peer; some of it to one outside the mesh.
@@ -165,6 +167,71 @@ fn upgrade_and_rollback_refuse_nobody() -> Result<()> {
         late.wait_published()?;
         mesh.lab.wait_state(&late, "served")?;
         answered(&late, mesh.payments.at(TCP), "late")?;
+        Ok(())
+    })
+}
+
+/// Where an agent's maps and links of a version are.
+fn version(agent: &Agent, version: &str) -> std::path::PathBuf {
+    agent.pins().join(version)
+}
+
+/// The links that are pinned there, but those of single pods.
+fn links(directory: &Path) -> Result<Vec<String>> {
+    let mut links = Vec::new();
+    for entry in fs::read_dir(directory.join("links"))? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if !name.contains('-') {
+            links.push(name);
+        }
+    }
+    links.sort();
+    Ok(links)
+}
+
+/// Another version has maps and programs of its own. Here the old agent's are put under another
+/// version's name while it runs: to the new one, which reads none of them, they are another
+/// version's, and the old one goes on with what it has open.
+#[test]
+fn another_versions_maps_and_programs_are_swapped_under_load() -> Result<()> {
+    let mesh = mesh()?;
+    with_logs(&mesh, |mesh| {
+        let stranger = mesh.lab.pod("legacy", "stranger").start()?;
+        stranger.wait_published()?;
+        // An older version, then a newer one.
+        for name in ["v0", "v2"] {
+            let begun = Instant::now();
+            let traffic = Traffic::start(mesh)?;
+            for agent in agents(mesh)? {
+                fs::rename(version(agent, "v1"), version(agent, name))?;
+            }
+            let mut old = replace(mesh)?;
+            for agent in agents(mesh)? {
+                // What decides is the new one's alone; what the old one's flows are shown and
+                // known by stays for as long as it has any.
+                let recording = ["ops_agent", "ops_node", "ops_workloads"];
+                let answering = ["peername4", "peername6", "sockname4", "sockname6"];
+                let kept = links(&version(agent, name))?;
+                ensure!(kept == [&recording[..], &answering[..]].concat(), "{kept:?}");
+                let all = links(&version(agent, "v1"))?;
+                ensure!(all.len() == 13, "{all:?}");
+            }
+            thread::sleep(Duration::from_secs(3));
+            ensure!(closed(&traffic.streams) == 0, "{}", traffic.streams.said());
+            refused_soon(&stranger, mesh.payments.at(HTTP))?;
+            let report = traffic.finish(begun)?;
+            ensure!(report.closed.iter().all(|closed| closed.outcome == "told"), "{report:?}");
+            for old in &mut old {
+                let status = old.wait(DEADLINE)?;
+                ensure!(status.code() == Some(0), "an old agent ended with {status}");
+            }
+            for agent in agents(mesh)? {
+                eventually("the other version's pins are gone", CHANGE, || {
+                    Ok((!version(agent, name).exists()).then_some(()))
+                })?;
+                agent.wait_ready()?;
+            }
+        }
         Ok(())
     })
 }

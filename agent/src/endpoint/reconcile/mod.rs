@@ -9,6 +9,7 @@ mod listening;
 mod pulse;
 mod succession;
 mod surveying;
+mod swapping;
 mod upkeep;
 mod waking;
 
@@ -355,8 +356,12 @@ impl Reconciler {
         }
         plan.keep.extend(self.still_there(&observed, &plan));
         plan.tables.keep(&self.applied, &plan.keep);
-        self.attach_lookups(&plan);
-        self.attach_guards(&plan);
+        // Over maps that are being filled they would decide too early.
+        let swaps = self.deps.programs.is_waiting();
+        if !swaps {
+            self.attach_lookups(&plan);
+            self.attach_guards(&plan);
+        }
 
         let before_policies = self.applied.policies.clone();
         let before_addresses = self.applied.addresses.clone();
@@ -364,17 +369,16 @@ impl Reconciler {
         let mut outcome = apply::apply(&mut self.deps.maps, &mut self.applied, &between);
         plan.state.problems.append(&mut self.failures.clone());
         self.publish(&plan);
-        self.serve_adopted()?;
         let given = apply::apply(&mut self.deps.maps, &mut self.applied, &plan.tables);
         outcome.full.extend(given.full);
         outcome.closed.extend(given.closed);
         outcome.failures.extend(given.failures);
 
-        if self.deps.programs.is_waiting()
-            && outcome.failures.is_empty()
-            && let Err(error) = self.deps.programs.activate()
-        {
-            self.fail("programs", &error);
+        if swaps && outcome.failures.is_empty() {
+            self.swap_in(&plan).await;
+        }
+        if !self.deps.programs.is_waiting() {
+            self.serve_adopted()?;
         }
         self.deps.svids.want(plan.svids.clone());
         self.announce(&plan);

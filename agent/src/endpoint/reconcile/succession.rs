@@ -71,6 +71,8 @@ pub enum Command {
     Resume,
     /// The successor serves: there is no way back.
     Retire,
+    /// The predecessor has ended: nobody else has flows here.
+    Alone,
 }
 
 /// Tells the task.
@@ -127,6 +129,11 @@ impl Control {
         let _ = self.0.send(Command::Retire).await;
     }
 
+    /// See [`Command::Alone`].
+    pub async fn alone(&self) {
+        let _ = self.0.send(Command::Alone).await;
+    }
+
     async fn ask<T>(
         &self,
         command: impl FnOnce(oneshot::Sender<T>) -> Command,
@@ -146,6 +153,9 @@ impl Reconciler {
                 let _ = reply.send(self.prepare(&standing).await);
             }
             Command::TakeOver(given, reply) => {
+                if given.is_none() {
+                    self.alone();
+                }
                 self.inherit(given)?;
                 // Until the cluster is read, nothing changes: what is pinned stays.
                 self.turn(true).await?;
@@ -168,6 +178,7 @@ impl Reconciler {
                 self.resume()?;
                 self.turn(true).await?;
             }
+            Command::Alone => self.alone(),
             Command::Retire => {
                 // The successor has them; here they are accepted from no longer.
                 for listeners in self.listeners.values_mut() {
@@ -182,6 +193,13 @@ impl Reconciler {
         Ok(())
     }
 
+    /// What another version has left for the sake of its flows goes.
+    fn alone(&mut self) {
+        if let Err(error) = self.deps.programs.predecessor_is_gone() {
+            self.fail("programs", &error);
+        }
+    }
+
     /// Makes the maps this process's: reads what is there, and goes on from it.
     pub(super) fn inherit(&mut self, given: Option<Vec<Given>>) -> Result<(), ReconcileError> {
         let failed = ReconcileError::Inherit;
@@ -192,6 +210,10 @@ impl Reconciler {
         if given.is_none() {
             apply::close_all(maps, &mut self.applied).map_err(failed)?;
             sweep::forget_tunnels(maps).map_err(failed)?;
+        } else if self.deps.programs.is_waiting() {
+            for pins in self.deps.programs.other_pins() {
+                maps.carry(pins);
+            }
         }
         sweep::forget_revisions(maps).map_err(failed)?;
         let rows = maps.identities.rows().map_err(failed)?;
