@@ -169,7 +169,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
 
     // The sockets come before anything that would take part in traffic: a second agent on the
     // same run directory ends here, or takes the first one's place when it can.
-    let sockets = if succeeds { None } else { Some(Sockets::bind(&config)?) };
+    let sockets = if succeeds { None } else { Some(Sockets::bind_soon(&config).await?) };
     let own_socket = config.own_socket.as_deref().map(AdminSocket::bind_own).transpose()?;
     let (place, succession) = watch::channel(if succeeds {
         Succession::Waits("it has only begun to".into())
@@ -471,6 +471,8 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         };
         retire(&plane, within, &mut terminate, &mut interrupt, blind).await;
     }
+    // Who comes now begins as at any start, once this process has ended.
+    giving.abort();
     // Un-announced first: peers stop dialling. Whatever was enforced stays enforced:
     // programs and maps are pinned, and listeners that are gone refuse.
     stop.cancel();

@@ -1,7 +1,10 @@
 //! This agent after another one, and another one after it: the sockets that belong to the node,
 //! and what happens around a hand-over.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use tokio::{
     signal::unix::Signal,
@@ -28,6 +31,9 @@ use crate::{
 /// Whoever supervises it would start it again, and it would take the node back.
 const LINGER: Duration = Duration::from_secs(600);
 
+/// An agent that was told to end, and hands nothing over, does so within this.
+const ENDS_WITHIN: Duration = Duration::from_secs(20);
+
 /// What runs in one process only stops within this.
 const STOPS_WITHIN: Duration = Duration::from_secs(5);
 
@@ -46,6 +52,24 @@ impl Sockets {
             workload: workload_api::bind(&config.workload_socket())?,
             handover: handover::bind(&config.run_dir)?,
         })
+    }
+
+    /// The same, where an agent that is ending may have them for a moment.
+    pub(super) async fn bind_soon(config: &AgentConfig) -> Result<Self, SocketError> {
+        let deadline = Instant::now() + ENDS_WITHIN;
+        let mut told = false;
+        loop {
+            match Self::bind(config) {
+                Err(error @ SocketError::InUse { .. }) if Instant::now() < deadline => {
+                    if !told {
+                        tracing::info!(%error, "an agent that does not hand over is on this node: waiting until it has ended");
+                        told = true;
+                    }
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+                outcome => return outcome,
+            }
+        }
     }
 
     /// Those that were handed over; what this agent has elsewhere is bound there.
@@ -134,7 +158,7 @@ pub(super) async fn take_place(
     let taken = take(&handover::path_in(&config.run_dir), &hello(config), control, waits).await?;
     let Some(taken) = taken else {
         tracing::warn!("the agent that served the node is gone: its pods were closed meanwhile");
-        let sockets = Sockets::bind(config)?;
+        let sockets = Sockets::bind_soon(config).await?;
         before().await;
         if let Err(why) = control.take_over(None).await {
             // As at any start: it is tried again.

@@ -265,7 +265,7 @@ fn a_new_agent_that_does_not_get_ready_changes_nothing() -> Result<()> {
         // An authority that cannot be reached: no SVIDs, so it waits, alive and not ready.
         let root = mesh.lab.agent("node-1")?.authority_dir().join("root.pem");
         let root = root.display().to_string();
-        let unready = agent.start_successor(&[
+        let unreachable = [
             "--authority",
             "grpc",
             "--ca-address",
@@ -274,7 +274,8 @@ fn a_new_agent_that_does_not_get_ready_changes_nothing() -> Result<()> {
             &root,
             "--ca-token-file",
             &root,
-        ])?;
+        ];
+        let unready = agent.start_successor(&unreachable)?;
         unready.wait_unready("no SVID has been issued yet for pod shop/")?;
         ensure!(unready.probe("live")?.code() == 0, "it is alive");
         thread::sleep(Duration::from_secs(1));
@@ -290,6 +291,21 @@ fn a_new_agent_that_does_not_get_ready_changes_nothing() -> Result<()> {
         let report = traffic.finish(begun)?;
         ensure!(report.closed.iter().all(|closed| closed.outcome == "told"), "{report:?}");
         ensure!(old.wait(DEADLINE)?.code() == Some(0));
+
+        // One that waits is told to end: nothing happens.
+        let mut third = agent.start_successor(&unreachable)?;
+        third.wait_unready("no SVID has been issued yet for pod shop/")?;
+        third.signal(Signal::TERM)?;
+        ensure!(third.wait(TIMEOUT)?.code() == Some(0));
+        answered(&mesh.frontend, mesh.payments.at(TCP), "the second one serves")?;
+        // The one that serves is told to end while another waits: that one begins as at any
+        // start, once the first has finished.
+        let fourth = agent.start_successor(&unreachable)?;
+        fourth.wait_unready("no SVID has been issued yet for pod shop/")?;
+        ensure!(agent.stop()? == Some(0));
+        fourth.wait_ready()?;
+        refused_soon(&mesh.frontend, mesh.payments.at(TCP))?;
+        drop(agent.promote(fourth));
         Ok(())
     })
 }

@@ -3,6 +3,7 @@
 
 use std::{
     process::Command,
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -11,12 +12,17 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use signet_lab::{
     LabOptions,
+    agent::Process,
     api_server::ApiServer,
     cluster_dir::ObjectKey,
     eventually,
     pod::Pod,
     process::signet_binary,
-    traffic::{Role, reports::LoadReport, roles::Load},
+    traffic::{
+        Role,
+        reports::{HoldReport, LoadReport},
+        roles::{Hold, Load},
+    },
 };
 
 use crate::mesh::{
@@ -92,6 +98,7 @@ fn labels_policies_and_the_override_work_through_the_api() -> Result<()> {
             })?;
         }
         watches_are_shown(mesh)?;
+        replaced_agents_stay_announced(mesh, api)?;
         policies_decide(mesh, api)?;
         the_override_goes_before_all(mesh, api)?;
 
@@ -100,6 +107,59 @@ fn labels_policies_and_the_override_work_through_the_api() -> Result<()> {
         ensure!(enrolled(api, "node-2").is_empty(), "{:?}", enrolled(api, "node-2"));
         Ok(())
     })
+}
+
+/// While agents are replaced, and while the old one still drains, the board says what the one
+/// that serves says: nobody is taken off it, and nobody is refused.
+fn replaced_agents_stay_announced(mesh: &Mesh, api: &ApiServer) -> Result<()> {
+    let Mesh { lab, frontend, intruder, payments, .. } = mesh;
+    let mut running = frontend.start(&load(payments))?;
+    let hold = Hold { to: payments.at(TCP), interval_ms: 20, ..Hold::default() };
+    let mut stream = frontend.start(&Role::Hold(hold))?;
+    stream.wait_event("open", TIMEOUT)?;
+    let (ended, missed) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let old = thread::scope(|scope| -> Result<Vec<Process>> {
+        scope.spawn(|| {
+            while !ended.load(Ordering::Relaxed) {
+                for pod in [frontend, intruder, payments] {
+                    if !enrolled(api, &pod.node().name).iter().any(|uid| uid == pod.uid()) {
+                        missed.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+                thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let replace = || -> Result<Vec<Process>> {
+            let old = lab.agents().iter().map(|agent| agent.succeed(&[]));
+            let old = old.collect::<Result<Vec<_>>>()?;
+            let late = lab.pod("shop", "later").service_account("frontend").start()?;
+            late.wait_published()?;
+            lab.wait_state(&late, "served")?;
+            let announced = || enrolled(api, &late.node().name).iter().any(|u| u == late.uid());
+            eventually("the new pod is announced", CHANGE, || Ok(announced().then_some(())))?;
+            // An old agent that spoke would look after its word within five seconds.
+            let begun = Instant::now();
+            while begun.elapsed() < Duration::from_secs(7) {
+                ensure!(announced(), "{} is taken off the board", late.full_name());
+                thread::sleep(Duration::from_millis(50));
+            }
+            late.remove()?;
+            Ok(old)
+        };
+        let old = replace();
+        ended.store(true, Ordering::Relaxed);
+        old
+    })?;
+    let missed = missed.into_inner();
+    ensure!(missed == 0, "pods were missing on the board {missed} times");
+    let report: HoldReport = stream.finish_and_report(TIMEOUT)?;
+    ensure!(report.closed.iter().all(|closed| closed.outcome == "told"), "{report:?}");
+    let report: LoadReport = running.finish_and_report(TIMEOUT)?;
+    ensure!(report.total() > 100 && report.answered() == report.total(), "{report:?}");
+    for mut old in old {
+        ensure!(old.wait(TIMEOUT)?.code() == Some(0));
+    }
+    Ok(())
 }
 
 fn watches_are_shown(mesh: &Mesh) -> Result<()> {
