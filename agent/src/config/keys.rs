@@ -332,8 +332,8 @@ keys! {
         set(c, v) { c.instance = label(one(v)?, 63)?; }
         get(c) vec![c.instance.clone()];
     "runDir" Restart false "directory"
-        "Sockets are made here: admin/agent.sock, in a directory of mode 0700, and \
-         workload/workload.sock."
+        "Sockets are made here: admin/agent.sock and admin/handover.sock, in a directory of mode \
+         0700, and workload/workload.sock."
         set(c, v) { c.run_dir = path(v)?; }
         get(c) shown_path(&c.run_dir);
     "ownSocket" Restart false "path"

@@ -11,6 +11,7 @@ use super::LifecycleError;
 use crate::{
     config::AgentConfig,
     endpoint::released::Released,
+    handover,
     kernel::{Pinned, Removed, cgroup::Hierarchy},
 };
 
@@ -42,7 +43,9 @@ pub fn uninstall(config: &AgentConfig, state: bool) -> Result<Outcome, Lifecycle
     };
     outcome.remove_empty(&config.bpffs)?;
 
-    for socket in [socket, config.workload_socket()] {
+    let handover = handover::path_in(&config.run_dir);
+    let sockets = [handover, socket, config.workload_socket()].into_iter();
+    for socket in sockets.chain(config.own_socket.clone()) {
         outcome.remove_file(&socket)?;
         if let Some(directory) = socket.parent() {
             outcome.remove_empty(directory)?;
