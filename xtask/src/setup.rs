@@ -21,6 +21,7 @@ const PROGRAMS: &[(&str, &str, &str)] = &[
     ("ip", "iproute2", "lets you look around in the lab"),
     ("curl", "curl", "is the plain client of the lab's tests"),
     ("nft", "nftables", "rewrites addresses where a test attacks by it"),
+    ("chromium", "chromium", "shows the page of signet ui to its tests"),
     ("kubectl", "kubernetes-client", "builds the manifests for their check"),
     ("python3", "python3 python3-venv", "plays others' SPIFFE clients and odd ones in the tests"),
 ];

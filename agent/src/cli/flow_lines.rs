@@ -35,6 +35,16 @@ pub fn style(verdict: &str) -> Option<Style> {
     }
 }
 
+/// Whose side it is, as the history of flows names it: `shop/frontend`, or a SPIFFE ID; empty
+/// where only an address is known.
+pub fn workload(party: &Party) -> String {
+    match (&party.pod, &party.service_account, &party.identity) {
+        (Some((namespace, _)), Some(account), _) => format!("{namespace}/{account}"),
+        (_, _, Some(identity)) => identity.to_string(),
+        _ => String::new(),
+    }
+}
+
 /// `-o compact`.
 pub fn compact(seen: &SeenFlow) -> String {
     let r = &seen.record;

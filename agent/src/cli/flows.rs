@@ -277,8 +277,8 @@ async fn follow(
 }
 
 /// A record, and the answer that it came in.
-struct Answer {
-    seen: SeenFlow,
+pub(super) struct Answer {
+    pub(super) seen: SeenFlow,
     response: GetFlowsResponse,
 }
 
@@ -288,15 +288,18 @@ impl AsRef<FlowRecord> for Answer {
     }
 }
 
-enum Incoming {
+/// What an agent says.
+pub(super) enum Incoming {
+    /// A flow.
     Flow(Box<Answer>),
     /// A warning.
     Lost(String),
+    /// An agent said everything, or cannot be heard any more.
     Ended(Result<(), Failure>),
 }
 
 /// Sends the request to every agent and gathers what they answer; ends when all have ended.
-fn ask(agents: Vec<Agent>, request: GetFlowsRequest) -> mpsc::Receiver<Incoming> {
+pub(super) fn ask(agents: Vec<Agent>, request: GetFlowsRequest) -> mpsc::Receiver<Incoming> {
     let (tx, rx) = mpsc::channel(1024);
     for agent in agents {
         let (tx, request) = (tx.clone(), request.clone());

@@ -21,6 +21,7 @@ mod sockets;
 mod status;
 mod svid;
 mod table;
+mod ui;
 
 use std::{ffi::OsString, process::ExitCode};
 
@@ -78,6 +79,8 @@ enum Command {
     /// Say what a change would break, before it is made.
     #[command(subcommand)]
     Rollout(rollout::RolloutCommand),
+    /// Serve a page on this host with who talks to whom, live.
+    Ui(ui::UiArgs),
     /// Show policies, check them, and ask what they make of a flow.
     #[command(subcommand)]
     Policy(policy::PolicyCommand),
@@ -143,6 +146,7 @@ fn run(
         Command::Services(args) => client(services::run(args)),
         Command::Rollout(command) => client(rollout::run(command)),
         Command::Policy(command) => client(policy::run(command)),
+        Command::Ui(args) => client(ui::run(args)),
         Command::Svid(command) => client(svid::run(command)),
         Command::Completion(args) => shell::completion(Cli::command(), &args),
         Command::Man(args) => shell::man(Cli::command(), &args),

@@ -7,6 +7,8 @@ mod networkpolicies;
 mod suggest;
 mod validate;
 
+pub use self::list::list_lines;
+
 use clap::Subcommand;
 
 use super::exit::{Exit, Failure};

@@ -62,8 +62,9 @@ pub struct CheckArgs {
 }
 
 /// A mode that is enforced.
-#[derive(clap::ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
-enum Target {
+#[derive(clap::ValueEnum, serde::Deserialize, Clone, Copy, PartialEq, Eq, Debug)]
+#[serde(rename_all = "lowercase")]
+pub enum Target {
     /// Tunnels where both ends can, policies enforced, plaintext accepted.
     Permissive,
     /// Tunnels only.
@@ -83,7 +84,7 @@ impl Target {
 /// Something that would break.
 #[derive(Serialize, PartialEq, Eq, Debug)]
 #[serde(rename_all = "camelCase")]
-struct Finding {
+pub struct Finding {
     /// `plaintext`, `verdict`, `unenforceable`, `waiting`, `unseen`, `network-policy`,
     /// `exempt-ports` or `open-plaintext`.
     kind: &'static str,
@@ -104,19 +105,15 @@ struct Finding {
 /// Runs the subcommand.
 pub async fn run(command: RolloutCommand) -> Result<Exit, Failure> {
     let RolloutCommand::Check(args) = command;
-    let seen = edges::ask(&args.sockets, &args.namespace, args.since).await?;
-    let (now, is_complete) = ask_now(&args).await?;
-    let is_complete = is_complete && seen.is_complete;
-    let mut findings = check(&args.namespace, args.to, &seen.edges, &seen.pods, &now);
-    findings.extend(blocking(&now));
-    findings.extend(open_flows(&now));
+    let Found { findings, seen, is_complete } =
+        find(&args.sockets, &args.namespace, args.to, args.since).await?;
     let text = match args.output {
         Output::Json => findings
             .iter()
             .map(|finding| Ok(serde_json::to_string(finding)? + "\n"))
             .collect::<serde_json::Result<String>>()
             .map_err(|e| Failure::caused(Exit::Bug, e))?,
-        Output::Text => show(&args, &findings, seen.edges.len(), Timestamp::now()),
+        Output::Text => show(&args, &findings, seen, Timestamp::now()),
     };
     print(&text)?;
     Ok(match (is_complete, findings.is_empty()) {
@@ -126,14 +123,45 @@ pub async fn run(command: RolloutCommand) -> Result<Exit, Failure> {
     })
 }
 
+/// What would break, and how much that is known by.
+#[derive(Serialize, Debug)]
+#[serde(rename_all = "camelCase")]
+pub struct Found {
+    /// Everything that would.
+    pub findings: Vec<Finding>,
+    /// Kinds of flows that were seen of the namespace.
+    pub seen: usize,
+    /// False when an agent did not answer.
+    pub is_complete: bool,
+}
+
+/// Asks all agents what would break if a namespace went to a mode.
+pub async fn find(
+    sockets: &SocketArgs,
+    namespace: &str,
+    to: Target,
+    since: Option<Timestamp>,
+) -> Result<Found, Failure> {
+    let seen = edges::ask(sockets, namespace, since).await?;
+    let (now, is_complete) = ask_now(sockets, namespace, to).await?;
+    let mut findings = check(namespace, to, &seen.edges, &seen.pods, &now);
+    findings.extend(blocking(&now));
+    findings.extend(open_flows(&now));
+    let is_complete = is_complete && seen.is_complete;
+    Ok(Found { findings, seen: seen.edges.len(), is_complete })
+}
+
 /// Asks all agents for what is in the way now; false when one did not answer.
-async fn ask_now(args: &CheckArgs) -> Result<(Vec<CheckRolloutResponse>, bool), Failure> {
-    let (agents, mut is_complete) = sockets::connect_all(&args.sockets).await?;
+async fn ask_now(
+    sockets: &SocketArgs,
+    namespace: &str,
+    to: Target,
+) -> Result<(Vec<CheckRolloutResponse>, bool), Failure> {
+    let (agents, mut is_complete) = sockets::connect_all(sockets).await?;
     let mut answers = Vec::new();
     for agent in &agents {
         let mut client = AdminClient::new(agent.channel.clone());
-        let request =
-            CheckRolloutRequest { namespace: args.namespace.clone(), to: args.to.name().into() };
+        let request = CheckRolloutRequest { namespace: namespace.to_owned(), to: to.name().into() };
         match sockets::within_time(agent, client.check_rollout(request)).await {
             Ok(answer) => answers.push(answer),
             Err(failure) if agents.len() > 1 && failure.exit == Exit::Unreachable => {

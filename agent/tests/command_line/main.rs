@@ -1,6 +1,8 @@
 //! The binary against agents' services on real sockets: output, warnings and exit codes.
 
+mod browser;
 mod known;
+mod ui;
 
 use std::{
     collections::HashMap,

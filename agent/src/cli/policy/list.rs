@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::{
     cli::{
         exit::{Exit, Failure, print},
-        sockets::{self, SocketArgs},
+        sockets::{self, Agent, SocketArgs},
         status::Output,
         table::{Table, printable},
     },
@@ -58,14 +58,34 @@ pub async fn run(args: ListArgs) -> Result<Exit, Failure> {
     across_nodes(&mut answers);
     let text = match args.output {
         Output::Text => text_of(&answers),
-        Output::Json => answers
-            .iter()
-            .map(|answer| Ok(serde_json::to_string(&Json::of(answer))? + "\n"))
-            .collect::<serde_json::Result<String>>()
-            .map_err(|e| Failure::caused(Exit::Bug, e))?,
+        Output::Json => lines_of(&answers)?.into_iter().map(|line| line + "\n").collect(),
     };
     print(&text)?;
     Ok(if is_complete { Exit::Done } else { Exit::Unreachable })
+}
+
+/// What `-o json` prints of all policies, a line a node.
+pub async fn list_lines(agents: &[Agent]) -> Result<Vec<String>, Failure> {
+    let mut answers = Vec::new();
+    for agent in agents {
+        let mut client = AdminClient::new(agent.channel.clone());
+        let asked = client.list_policies(ListPoliciesRequest {});
+        match sockets::within_time(agent, asked).await {
+            Ok(answer) => answers.push(answer),
+            Err(failure) if failure.exit == Exit::Unreachable && agents.len() > 1 => {}
+            Err(failure) => return Err(failure),
+        }
+    }
+    across_nodes(&mut answers);
+    lines_of(&answers)
+}
+
+fn lines_of(answers: &[ListPoliciesResponse]) -> Result<Vec<String>, Failure> {
+    answers
+        .iter()
+        .map(|answer| serde_json::to_string(&Json::of(answer)))
+        .collect::<serde_json::Result<_>>()
+        .map_err(|e| Failure::caused(Exit::Bug, e))
 }
 
 /// Says of every policy on how many of the asked nodes that have pods of it it is enforced.
