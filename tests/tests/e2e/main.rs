@@ -22,6 +22,7 @@ mod mesh;
 mod pid_reuse;
 mod policy;
 mod prometheus;
+mod seen;
 mod spiffe_clients;
 mod storm;
 mod swaps;
