@@ -221,16 +221,18 @@ fn a_second_agent_on_one_node_is_refused_and_the_first_goes_on() -> Result<()> {
         .start()?;
     lab.start_agents()?;
     lab.wait_state(&server, "served")?;
-    // The same run-dir, the same pins, the same pods.
+    // The same run-dir and the same pods, other pins: not one that may take the first's place.
     let agent = lab.agent("node-2")?;
     let mut argv = vec![signet_lab::process::signet_binary()?.display().to_string()];
     argv.extend(agent.arguments()?);
+    argv.extend(["--instance", "other"].map(str::to_owned));
     let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
     let mut second = agent.node().agent_place().start_program("second-agent", &argv)?;
     let status = second.wait(Duration::from_secs(30))?;
     let said = fs::read_to_string(second.log())?;
     ensure!(!status.success(), "two agents on one node: {said}");
-    ensure!(said.contains("agent.sock") || said.contains("already"), "{said}");
+    ensure!(said.contains("instance \"default\"") && said.contains("stop it first"), "{said}");
+    ensure!(!agent.node().bpffs.join("other").exists(), "it has pinned something");
     // What ran before keeps running.
     let client = lab.pod("shop", "client").start()?;
     lab.wait_state(&client, "served")?;
