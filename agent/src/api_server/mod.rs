@@ -1,6 +1,8 @@
 //! A small client of the Kubernetes API server: tokens, pods, nodes, and objects that are
 //! replaced only when nobody else has changed them.
 
+pub mod nodes;
+
 use std::{collections::BTreeMap, fmt, path::Path, time::Duration};
 
 use k8s_openapi::{

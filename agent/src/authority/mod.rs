@@ -3,7 +3,8 @@
 //! A request passes the [`gate`] (who calls: [`callers`]; how often: [`limits`]), then
 //! [`authorize`] against the pods on the caller's node ([`pods`]), then its service ([`istio`],
 //! [`own`]) signs with what the [`keeper`] holds. What replicas share is one document
-//! ([`state`]), kept in a [`store`] that replaces it only when nobody else has.
+//! ([`state`]), kept in a [`store`] that replaces it only when nobody else has. One of them keeps
+//! the [`taint`] of nodes without an agent, where that is asked for.
 
 pub mod authorize;
 pub mod callers;
@@ -20,6 +21,7 @@ pub mod request;
 pub mod rotate;
 pub mod state;
 pub mod store;
+pub mod taint;
 pub mod web;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
@@ -44,6 +46,7 @@ use self::{
     pods::{FilesPods, KubePods, PodDirectory},
     request::Authority,
     store::{DirectoryStore, RootStore, SecretStore, StoreError, directory::DirectoryError},
+    taint::Tainter,
     web::{Web, WebCertificate, WebError},
 };
 use crate::{
@@ -157,7 +160,8 @@ impl Surroundings {
         let domain = TrustDomain::parse(&config.trust_domain)?;
         let needs_api = config.cluster_dir.is_none()
             || config.store_secret.is_some()
-            || config.bundle_config_map.is_some();
+            || config.bundle_config_map.is_some()
+            || config.taint_lease.is_some();
         let api = match needs_api {
             true => Some(ApiServer::connect(config.kubeconfig.as_deref()).await?),
             false => None,
@@ -238,7 +242,7 @@ async fn serve(config: Arc<AuthorityConfig>) -> Result<(), AuthorityError> {
     let metrics = AuthorityMetrics::register(&mut registry);
     let config_map = surroundings.api.clone().zip(config.bundle_config_map.clone());
     let output = BundleOutput::new(config.bundle_file.clone(), config_map);
-    let Surroundings { domain, store, pods, .. } = surroundings;
+    let Surroundings { domain, store, pods, api } = surroundings;
     let keeper = Keeper::open(
         config.clone(),
         domain.clone(),
@@ -312,12 +316,19 @@ async fn serve(config: Arc<AuthorityConfig>) -> Result<(), AuthorityError> {
         },
     ));
     let mut keeping = tokio::spawn(keeper.run());
+    let mut tainting = match (config.taint_lease.clone(), api) {
+        (Some(lease), Some(api)) => {
+            tokio::spawn(Tainter::new(api, lease, config.node_accounts.clone()).run())
+        }
+        _ => tokio::spawn(std::future::pending()),
+    };
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
         ended = &mut serving => return Err(AuthorityError::Ended(format!("the server ({ended:?})"))),
         ended = &mut web => return Err(AuthorityError::Ended(format!("the web server ({ended:?})"))),
         ended = &mut measuring => return Err(AuthorityError::Ended(format!("the metrics' server ({ended:?})"))),
+        ended = &mut tainting => return Err(AuthorityError::Ended(format!("the keeper of taints ({ended:?})"))),
         ended = &mut keeping => return Err(AuthorityError::Ended(format!("the keeper ({ended:?})"))),
     }
     tracing::info!("draining");

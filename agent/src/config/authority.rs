@@ -27,6 +27,7 @@ pub struct AuthorityConfig {
     pub node_accounts: Vec<ObjectPath>,
     pub bundle_file: Option<PathBuf>,
     pub bundle_config_map: Option<ObjectPath>,
+    pub taint_lease: Option<ObjectPath>,
     pub web_listen: Option<SocketAddr>,
     pub web_cert_file: Option<PathBuf>,
     pub web_key_file: Option<PathBuf>,
@@ -116,6 +117,7 @@ impl Default for AuthorityConfig {
             node_accounts: vec![signet("signet-agent")],
             bundle_file: None,
             bundle_config_map: None,
+            taint_lease: None,
             web_listen: None,
             web_cert_file: None,
             web_key_file: None,
@@ -254,6 +256,11 @@ settings! {
         "A ConfigMap that gets the trust bundle as root-cert.pem, for agents to mount."
         set(c, v) { c.bundle_config_map = Some(ObjectPath::parse(one(v)?)?); }
         get(c) shown(c.bundle_config_map.as_slice());
+    "taintLease" false "namespace/name"
+        "Nodes whose agent is not ready get the taint node.signet.dev/agent-not-ready, never more \
+         than a tenth of them, by the replica that holds this Lease; the default is no taint."
+        set(c, v) { c.taint_lease = Some(ObjectPath::parse(one(v)?)?); }
+        get(c) shown(c.taint_lease.as_slice());
     "webListen" false "address:port"
         "Where OIDC discovery and the bundle (/bundle) are served over HTTPS, for everybody."
         set(c, v) { c.web_listen = Some(address(one(v)?)?); }

@@ -7,3 +7,4 @@ mod issuing;
 mod oidc;
 mod replicas;
 mod rights;
+mod taint;

@@ -10,7 +10,10 @@ use signet_lab::{
     eventually,
 };
 
-use super::client::{Call, channel, populate};
+use super::{
+    client::{Call, channel, populate},
+    taint,
+};
 
 const SYSTEM: &str = "signet-system";
 const ACCOUNT: &str = "signet-authority";
@@ -20,14 +23,15 @@ const USER: &str = "system:serviceaccount:signet-system:signet-authority";
 /// A server with the shipped manifests.
 fn shipped() -> Result<ApiServer> {
     let api = ApiServer::start()?;
-    api.ship(&["agent", "authority"])?;
+    api.ship(&["agent", "authority", "overlays/taint"])?;
     populate(&api)?;
+    taint::agent_is_ready(&api, "node-1")?;
     api.pod(SYSTEM, POD, ACCOUNT, "node-1")?;
     Ok(api)
 }
 
 /// Everything that an authority does with its own token: it makes the root, publishes the
-/// bundle, signs for a pod, and begins a rotation. The error is what it does not get done.
+/// bundle, signs for a pod, taints the node without an agent, and begins a rotation. The error is what it does not get done.
 async fn works(api: &ApiServer) -> Result<()> {
     let path = |p: PathBuf| p.display().to_string();
     let kubeconfig = path(api.account_kubeconfig(SYSTEM, ACCOUNT, Some(POD))?);
@@ -36,6 +40,8 @@ async fn works(api: &ApiServer) -> Result<()> {
         ["--kubeconfig", &kubeconfig, "--store-secret", "signet-system/signet-authority-root"];
     let mut arguments: Vec<String> = store.iter().map(|flag| (*flag).to_owned()).collect();
     for flag in [
+        "--taint-lease",
+        "signet-system/signet-authority-leader",
         "--bundle-config-map",
         "signet-system/signet-ca-root",
         "--names",
@@ -67,6 +73,13 @@ async fn works(api: &ApiServer) -> Result<()> {
     if let Err(status) = Call::good(&token).make(&channel).await {
         bail!("{status:?}\n{}", authority.said());
     }
+    eventually("node-2 is tainted", Duration::from_secs(10), || {
+        if taint::is_tainted(api, "node-2") {
+            return Ok(Some(()));
+        }
+        bail!("{}", authority.said())
+    })?;
+    ensure!(!taint::is_tainted(api, "node-1"), "the agent of node-1 is ready");
     let mut rotate = vec!["rotate-root", "--timeout", "1s"];
     rotate.extend(store);
     let answer = authority::command(&rotate)?;

@@ -28,6 +28,7 @@ const ROOTS: [&str; 8] = [
     "overlays/kind",
     "overlays/monitoring",
     "overlays/spiffe-csi",
+    "overlays/taint",
     "uninstall",
 ];
 

@@ -6,6 +6,7 @@ use k8s_openapi::{
     api::{
         admissionregistration::v1::{ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding},
         apps::v1::{DaemonSet, Deployment},
+        coordination::v1::Lease,
         core::v1::{ConfigMap, Namespace, Secret, Service, ServiceAccount},
         policy::v1::PodDisruptionBudget,
         rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding},
@@ -91,6 +92,7 @@ fn typed(object: &Value) -> Result<(), String> {
         CustomResourceDefinition,
         DaemonSet,
         Deployment,
+        Lease,
         Namespace,
         PodDisruptionBudget,
         Role,
