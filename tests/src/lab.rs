@@ -127,7 +127,7 @@ impl Lab {
             !(options.api_server && options.second_domain.is_some()),
             "a second cluster has no API server in the lab"
         );
-        let api = options.api_server.then(ApiServer::start).transpose()?.map(Arc::new);
+        let api = options.api_server.then(shipped_api_server).transpose()?.map(Arc::new);
         let cluster = Arc::new(ClusterDir::create_with(&directory.join("cluster"), api.clone())?);
         let second = match &options.second_domain {
             Some(_) => Some(Arc::new(ClusterDir::create(&directory.join("cluster-2"))?)),
@@ -164,7 +164,7 @@ impl Lab {
             .map(|node| {
                 let domain = options.second_domain.as_deref().filter(|_| is_second(node));
                 let followed = match &api {
-                    Some(api) => Followed::ApiServer(api.listen_in(node.netns(), None)?),
+                    Some(api) => Followed::ApiServer(agent_kubeconfig(api, node)?),
                     None => Followed::Directory(cluster_of(node).path().to_owned()),
                 };
                 Ok(Agent::new(Arc::clone(node), &directory, followed, domain, options))
@@ -457,6 +457,33 @@ impl Drop for Lab {
             self.dismantle();
         }
     }
+}
+
+/// An API server that has the shipped manifests.
+fn shipped_api_server() -> Result<ApiServer> {
+    let api = ApiServer::start()?;
+    api.ship(&["crds", "agent", "authority"])?;
+    Ok(api)
+}
+
+/// A kubeconfig in the node's network namespace with the agent's own token, which is bound to its
+/// pod: what it may do the shipped roles say.
+fn agent_kubeconfig(api: &ApiServer, node: &Node) -> Result<PathBuf> {
+    let pod = format!("signet-agent-{}", node.name);
+    api.apply(json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {
+            "namespace": "signet-system", "name": pod,
+            "labels": {"app.kubernetes.io/name": "signet-agent"},
+        },
+        "spec": {
+            "serviceAccountName": "signet-agent", "nodeName": node.name, "hostNetwork": true,
+            "containers": [{"name": "agent"}],
+        },
+        "status": {"phase": "Running"},
+    }))?;
+    let token = api.own_token("signet-system", "signet-agent", Some(&pod))?;
+    api.listen_in(node.netns(), Some(&token))
 }
 
 /// The Node as the API has it.

@@ -15,8 +15,11 @@ use serde_json::{Value, json};
 use super::{
     Refusal, Shared, State,
     access::{self, Attributes, User},
+    admission::{Gate, Unknown},
     kinds::{KINDS, Kind},
+    openapi,
     select::Selection,
+    table,
     watch::{self, Wish},
 };
 
@@ -112,6 +115,11 @@ async fn answer(
     let is_watch = params.get("watch").is_some_and(|watch| matches!(watch.as_str(), "true" | "1"));
     let fields = params.get("fieldSelector").map(String::as_str).unwrap_or_default();
     let wanted = Attributes::of(&method, &path, is_watch, fields);
+    let content = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    if content.is_some_and(|content| content.contains("protobuf")) {
+        let message = "the test server reads JSON only, no protobuf";
+        return Err(Refusal::new(415, "UnsupportedMediaType", message));
+    }
     shared.state().authorize(&user, &wanted)?;
     match path.as_slice() {
         ["apis", "authentication.k8s.io", "v1", "selfsubjectreviews"] if method == Method::POST => {
@@ -144,6 +152,12 @@ async fn answer(
         }
         _ => {}
     }
+    if method == Method::GET && path.first() == Some(&"openapi") {
+        let state = shared.state();
+        let found = openapi::answer(&state.installed, &state.objects, &path);
+        let found = found.ok_or_else(|| Refusal::new(404, "NotFound", "no such document"))?;
+        return Ok(axum::Json(found).into_response());
+    }
     if method == Method::GET
         && let Some(found) = shared.state().installed.discover(&path)
     {
@@ -164,7 +178,7 @@ async fn answer(
 }
 
 /// What this server is not made for.
-fn cannot(what: &str) -> Refusal {
+pub(super) fn cannot(what: &str) -> Refusal {
     Refusal::new(501, "NotImplemented", format!("the test server cannot do {what}"))
 }
 
@@ -186,6 +200,7 @@ fn token(shared: &Shared, namespace: &str, name: &str, body: &Bytes) -> Result<R
 /// What a path is about.
 struct Place {
     kind: &'static Kind,
+    version: String,
     /// Empty: none, or all.
     namespace: String,
     name: Option<String>,
@@ -218,7 +233,8 @@ impl Place {
         if is_status && !kind.has_status {
             return Err(nowhere());
         }
-        Ok(Self { kind, namespace: namespace.to_owned(), name, is_status })
+        let (version, namespace) = (version.to_owned(), namespace.to_owned());
+        Ok(Self { kind, version, namespace, name, is_status })
     }
 }
 
@@ -272,36 +288,65 @@ impl Call {
         let kind = self.place.kind;
         let state = self.shared.state();
         let page = state.objects.list(&selection, limit, token)?;
-        Ok(axum::Json(json!({
+        let list = json!({
             "kind": format!("{}List", kind.kind), "apiVersion": kind.api_version(),
             "metadata": {
                 "resourceVersion": page.revision.to_string(),
                 "continue": page.more.unwrap_or_default(),
             },
             "items": page.items,
-        }))
-        .into_response())
+        });
+        Ok(axum::Json(self.shown(&state, list)).into_response())
+    }
+
+    /// What is read, as a table for those that want one.
+    fn shown(&self, state: &State, found: Value) -> Value {
+        let accept = self.headers.get(header::ACCEPT).and_then(|value| value.to_str().ok());
+        if !accept.is_some_and(table::is_wanted) {
+            return found;
+        }
+        let Place { kind, version, .. } = &self.place;
+        let definition = format!("{}.{}", kind.plural, kind.group);
+        let definition = state.objects.get("customresourcedefinitions", "", &definition).ok();
+        table::of(kind, version, definition.as_ref(), found)
+    }
+
+    /// What a write has to pass.
+    fn gate(&self, state: &State) -> Result<Gate, Refusal> {
+        let unknown = match self.param("fieldValidation") {
+            "Strict" => Unknown::Refused,
+            _ => Unknown::Pruned,
+        };
+        let Place { kind, version, .. } = &self.place;
+        state.gate(kind, version, &self.user, &self.wanted, unknown)
     }
 
     fn create(self) -> Result<Response, Refusal> {
         let object = parse(&self.body)?;
         let Place { kind, namespace, .. } = &self.place;
-        let made = self.shared.change(|state| state.objects.create(kind, namespace, object))?;
+        let made = self.shared.change(|state| {
+            let gate = self.gate(state)?;
+            let made = state.objects.create(kind, namespace, object, &gate)?;
+            state.follow(kind, &made)?;
+            Ok(made)
+        })?;
         Ok((StatusCode::CREATED, axum::Json(made)).into_response())
     }
 
     fn get(&self, name: &str) -> Result<Response, Refusal> {
         let Place { kind, namespace, .. } = &self.place;
-        let found = self.shared.state().objects.get(kind.plural, namespace, name)?;
-        Ok(axum::Json(found).into_response())
+        let state = self.shared.state();
+        let found = state.objects.get(kind.plural, namespace, name)?;
+        Ok(axum::Json(self.shown(&state, found)).into_response())
     }
 
     fn replace(&self, name: &str) -> Result<Response, Refusal> {
         let object = parse(&self.body)?;
         let Place { kind, namespace, is_status, .. } = &self.place;
-        let made = self
-            .shared
-            .change(|state| state.objects.replace(kind, namespace, name, object, *is_status))?;
+        let made = self.shared.change(|state| {
+            let gate = self.gate(state)?;
+            state.objects.replace(kind, namespace, name, object, *is_status, &gate)
+        })?;
         Ok(axum::Json(made).into_response())
     }
 
@@ -327,13 +372,18 @@ impl Call {
                         let wanted = Attributes { verb: "create".into(), ..self.wanted.clone() };
                         state.authorize(&self.user, &wanted)?;
                     }
-                    state.objects.apply_by(kind, namespace, name, object, manager, force)
+                    let gate = self.gate(state)?;
+                    let by = (manager, force);
+                    let made = state.objects.apply_by(kind, namespace, name, object, by, &gate)?;
+                    state.follow(kind, &made)?;
+                    Ok(made)
                 })?
             }
             Some("application/merge-patch+json") => {
                 let patch = parse(&self.body)?;
                 self.shared.change(|state| {
-                    state.objects.merge_patch(kind, namespace, name, &patch, *is_status)
+                    let gate = self.gate(state)?;
+                    state.objects.merge_patch(kind, namespace, name, &patch, *is_status, &gate)
                 })?
             }
             other => return Err(cannot(&format!("patches of type {other:?}"))),
@@ -343,7 +393,12 @@ impl Call {
 
     fn delete(&self, name: &str) -> Result<Response, Refusal> {
         let Place { kind, namespace, .. } = &self.place;
-        let gone = self.shared.change(|s| s.objects.delete(kind.plural, namespace, name))?;
+        let gone = self.shared.change(|state| {
+            let old = state.objects.get(kind.plural, namespace, name)?;
+            self.gate(state)?.leave(&old)?;
+            state.take_along(kind, &old);
+            state.objects.delete(kind.plural, namespace, name)
+        })?;
         Ok(axum::Json(gone).into_response())
     }
 }

@@ -173,9 +173,14 @@ impl Installed {
         })
     }
 
+    /// Every kind that is there.
+    pub(super) fn there(&self) -> impl Iterator<Item = &'static Kind> {
+        KINDS.iter().filter(|kind| self.has(kind))
+    }
+
     /// Answers discovery: `/api`, `/apis`, `/apis/<group>`, `/api/v1`, `/apis/<group>/<version>`.
     pub(super) fn discover(&self, path: &[&str]) -> Option<Value> {
-        let there: Vec<&Kind> = KINDS.iter().filter(|kind| self.has(kind)).collect();
+        let there: Vec<&Kind> = self.there().collect();
         let group = |name: &str| {
             let versions: BTreeSet<&str> = there
                 .iter()
@@ -213,6 +218,25 @@ impl Installed {
     }
 }
 
+/// What people write for a kind.
+fn short_names(kind: &Kind) -> &'static [&'static str] {
+    match kind.plural {
+        "configmaps" => &["cm"],
+        "customresourcedefinitions" => &["crd", "crds"],
+        "daemonsets" => &["ds"],
+        "deployments" => &["deploy"],
+        "identitypolicies" => &["idp"],
+        "clusteridentitypolicies" => &["cidp"],
+        "namespaces" => &["ns"],
+        "nodeenrolments" => &["nenr"],
+        "nodes" => &["no"],
+        "pods" => &["po"],
+        "serviceaccounts" => &["sa"],
+        "services" => &["svc"],
+        _ => &[],
+    }
+}
+
 fn resources(there: &[&Kind], group: &str, version: &str) -> Value {
     const VERBS: [&str; 7] = ["create", "delete", "get", "list", "patch", "update", "watch"];
     let fits = |kind: &&&Kind| kind.group == group && kind.versions.contains(&version);
@@ -224,6 +248,7 @@ fn resources(there: &[&Kind], group: &str, version: &str) -> Value {
                 json!({
                     "name": name, "singularName": kind.kind.to_lowercase(), "kind": kind.kind,
                     "namespaced": kind.is_namespaced, "verbs": verbs,
+                    "shortNames": short_names(kind),
                 })
             };
             let status = format!("{}/status", kind.plural);

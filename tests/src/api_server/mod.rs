@@ -4,25 +4,34 @@
 //! with them, kinds that are installed later, and times when it does not answer, stalls or
 //! breaks off ([`Faults`]).
 //!
-//! It speaks HTTP on a loopback address and wants a bearer token; [`ApiServer::kubeconfig`]
+//! It speaks HTTP, and HTTPS for [kubectl](ApiServer::secure_kubeconfig), on loopback addresses and wants a bearer token; [`ApiServer::kubeconfig`]
 //! leads any client to it, [`ApiServer::listen_in`] one in another network namespace. Whoever
 //! comes with that kubeconfig's token may do everything (`system:masters`); a service account
 //! with its own token ([`ApiServer::account_kubeconfig`]) what the roles say that are in the
-//! server. What it cannot do (streaming lists, strategic merge patches, OpenAPI, admission) it
+//! server. Whatever comes over HTTP passes the schemas of custom kinds and the admission policies
+//! that are in the server ([`admission`]); what a test puts there itself ([`ApiServer::apply`])
+//! passes nothing. What it cannot do (streaming lists, strategic merge patches, webhooks) it
 //! answers with 501 or 404.
 
 mod access;
+mod admission;
+mod ask;
+mod cel;
 mod http;
 mod kinds;
 mod objects;
+mod openapi;
 mod rights;
+mod schema;
 mod select;
+mod table;
+mod tls;
 mod tokens;
 mod watch;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
+    fs, io,
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -31,11 +40,23 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow};
+use axum::serve::Listener as _;
 use serde_json::{Value, json};
-use tokio::sync::{Barrier, oneshot, watch as channel};
+use tokio::{
+    net::TcpListener,
+    sync::{Barrier, oneshot, watch as channel},
+};
 
-pub use self::rights::{Asked, Right};
-use self::{kinds::Installed, objects::Objects, tokens::Tokens};
+pub use self::{
+    ask::Ask,
+    rights::{Asked, Right},
+};
+use self::{
+    kinds::{Installed, Kind},
+    objects::Objects,
+    tls::{Handshaken, Identity},
+    tokens::Tokens,
+};
 use crate::netns;
 
 /// How often a watch is told that nothing happened; a real server does so every minute.
@@ -47,6 +68,8 @@ const DAY: Duration = Duration::from_secs(24 * 3600);
 /// A test API server; ends when it is dropped.
 pub struct ApiServer {
     address: SocketAddr,
+    /// The same over TLS.
+    secure: SocketAddr,
     directory: tempfile::TempDir,
     shared: Arc<Shared>,
     handle: tokio::runtime::Handle,
@@ -79,6 +102,38 @@ struct State {
     gathering: Option<(String, Arc<Barrier>)>,
 }
 
+impl State {
+    /// What follows from an object: a definition makes its kind.
+    fn follow(&mut self, kind: &Kind, object: &Value) -> Result<(), Refusal> {
+        if kind.plural != "customresourcedefinitions" {
+            return Ok(());
+        }
+        let plural = object["spec"]["names"]["plural"].as_str().unwrap_or_default();
+        if !self.installed.set(plural, true) {
+            return Err(http::cannot(&format!("custom kinds that it does not know: {plural}")));
+        }
+        Ok(())
+    }
+
+    /// What goes with an object: all that is in a namespace, all that is of a custom kind. A
+    /// real server does the same, by and by.
+    fn take_along(&mut self, kind: &Kind, object: &Value) {
+        match kind.plural {
+            "namespaces" => {
+                let name = object["metadata"]["name"].as_str().unwrap_or_default();
+                self.objects.delete_namespace(name);
+            }
+            "customresourcedefinitions" => {
+                let plural = object["spec"]["names"]["plural"].as_str().unwrap_or_default();
+                if self.installed.set(plural, false) {
+                    self.objects.delete_all(plural);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
 /// What is wrong with the server at the moment.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Faults {
@@ -96,18 +151,23 @@ struct Refusal {
     code: u16,
     reason: &'static str,
     message: String,
+    details: Option<Value>,
 }
 
 impl Refusal {
     fn new(code: u16, reason: &'static str, message: impl Into<String>) -> Self {
-        Self { code, reason, message: message.into() }
+        Self { code, reason, message: message.into(), details: None }
     }
 
     fn body(&self) -> Value {
-        json!({
+        let mut body = json!({
             "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
             "message": self.message, "reason": self.reason, "code": self.code,
-        })
+        });
+        if let Some(details) = &self.details {
+            body["details"] = details.clone();
+        }
+        body
     }
 }
 
@@ -154,30 +214,33 @@ impl ApiServer {
             .enable_all()
             .build()
             .context("a runtime")?;
+        let identity = Identity::shared()?;
         let (stop, stopped) = oneshot::channel();
         let (sender, receiver) = std::sync::mpsc::channel();
         let served = shared.clone();
         let handle = runtime.handle().clone();
         let thread = thread::spawn(move || {
             runtime.block_on(async move {
-                let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await;
-                let (listener, address) = match listener.and_then(|l| Ok((l.local_addr()?, l))) {
-                    Ok((address, listener)) => (listener, address),
+                let (open, secure) = match listeners(identity).await {
+                    Ok(listeners) => listeners,
                     Err(error) => {
                         let _ = sender.send(Err(error));
                         return;
                     }
                 };
-                let _ = sender.send(Ok(address));
+                let addresses = open.local_addr().and_then(|a| Ok((a, secure.local_addr()?)));
+                let _ = sender.send(addresses);
                 tokio::select! {
-                    _ = axum::serve(listener, http::router(served)) => {}
+                    _ = axum::serve(open, http::router(served.clone())) => {}
+                    _ = axum::serve(secure, http::router(served)) => {}
                     _ = stopped => {}
                 }
             });
         });
-        let address = receiver.recv().map_err(|_| anyhow!("the server's thread has ended"))??;
-        let server =
-            Self { address, directory, shared, handle, stop: Some(stop), thread: Some(thread) };
+        let ended = |_| anyhow!("the server's thread has ended");
+        let (address, secure) = receiver.recv().map_err(ended)??;
+        let (stop, thread) = (Some(stop), Some(thread));
+        let server = Self { address, secure, directory, shared, handle, stop, thread };
         server.write_kubeconfig(&server.kubeconfig(), address, &server.shared.client_token)?;
         Ok(server)
     }
@@ -190,6 +253,26 @@ impl ApiServer {
             "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "lab"}}],
         });
         fs::write(path, config.to_string()).context("the kubeconfig")
+    }
+
+    /// A kubeconfig that leads over TLS, for kubectl; with somebody's token, or the one of
+    /// [`Self::kubeconfig`].
+    pub fn secure_kubeconfig(&self, name: &str, token: Option<&str>) -> Result<PathBuf> {
+        let authority = self.directory.path().join("api-server.pem");
+        fs::write(&authority, &Identity::shared()?.certificate).context("the certificate")?;
+        let config = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "lab",
+            "clusters": [{"name": "lab", "cluster": {
+                "server": format!("https://{}", self.secure), "certificate-authority": authority,
+            }}],
+            "users": [{"name": "lab", "user": {
+                "token": token.unwrap_or(&self.shared.client_token),
+            }}],
+            "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "lab"}}],
+        });
+        let path = self.directory.path().join(format!("kubeconfig-tls-{name}"));
+        fs::write(&path, config.to_string()).context("the kubeconfig")?;
+        Ok(path)
     }
 
     /// Its URL.
@@ -278,9 +361,15 @@ impl ApiServer {
 
     /// Creates an object, or replaces it whatever its version.
     pub fn apply(&self, object: Value) -> Result<Value> {
-        self.shared
-            .change(|state| state.objects.apply(object))
-            .map_err(|r| anyhow!("{}", r.message))
+        let changed = self.shared.change(|state| {
+            let kind = object["kind"].as_str().unwrap_or_default().to_owned();
+            let made = state.objects.apply(object)?;
+            match kinds::KINDS.iter().find(|known| known.kind == kind) {
+                Some(kind) => state.follow(kind, &made).map(|()| made),
+                None => Ok(made),
+            }
+        });
+        changed.map_err(|r| anyhow!("{}", r.message))
     }
 
     /// An object, by plural (`pods`), namespace (empty: none) and name.
@@ -423,6 +512,13 @@ impl ApiServer {
     pub fn requests(&self) -> BTreeMap<String, usize> {
         self.shared.state().requests.clone()
     }
+}
+
+/// The server's listeners: in clear, and over TLS.
+async fn listeners(identity: &Identity) -> io::Result<(TcpListener, Handshaken)> {
+    let open = TcpListener::bind("127.0.0.1:0").await?;
+    let secure = TcpListener::bind("127.0.0.1:0").await?;
+    Ok((open, Handshaken::on(secure, identity)?))
 }
 
 impl std::fmt::Debug for ApiServer {

@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     Refusal,
+    admission::Gate,
     kinds::{KINDS, Kind},
     select::Selection,
 };
@@ -139,8 +140,10 @@ impl Objects {
         kind: &Kind,
         namespace: &str,
         object: Value,
+        gate: &Gate,
     ) -> Result<Value, Refusal> {
-        let (name, mut object) = checked(kind, namespace, object)?;
+        let (name, object) = checked(kind, namespace, object)?;
+        let mut object = divided(kind, None, object, false);
         let key = key(kind.plural, namespace, &name);
         if self.all.contains_key(&key) {
             let message = format!("{} {name:?} already exists", kind.plural);
@@ -156,6 +159,7 @@ impl Objects {
         if let Some(metadata) = object["metadata"].as_object_mut() {
             metadata.remove("uid");
         }
+        gate.enter(&mut object, None)?;
         Ok(self.put(key, object, None))
     }
 
@@ -167,6 +171,7 @@ impl Objects {
         name: &str,
         object: Value,
         is_status: bool,
+        gate: &Gate,
     ) -> Result<Value, Refusal> {
         let plural = kind.plural;
         let (own, object) = checked(kind, namespace, object)?;
@@ -186,7 +191,8 @@ impl Objects {
             );
             return Err(Refusal::new(409, "Conflict", message));
         }
-        let object = divided(kind, Some(&present), object, is_status);
+        let mut object = divided(kind, Some(&present), object, is_status);
+        gate.enter(&mut object, Some(&present))?;
         Ok(self.put(key, object, Some(present)))
     }
 
@@ -199,8 +205,8 @@ impl Objects {
         namespace: &str,
         name: &str,
         object: Value,
-        manager: &str,
-        force: bool,
+        (manager, force): (&str, bool),
+        gate: &Gate,
     ) -> Result<Value, Refusal> {
         let (own, object) = checked(kind, namespace, object)?;
         if own != name {
@@ -217,7 +223,12 @@ impl Objects {
             {
                 let message =
                     format!("Apply failed with 1 conflict: conflict with {other:?}: {field}");
-                return Err(Refusal::new(409, "Conflict", message));
+                let mut refusal = Refusal::new(409, "Conflict", message);
+                refusal.details = Some(json!({"causes": [{
+                    "reason": "FieldManagerConflict", "field": field,
+                    "message": format!("conflict with {other:?}"),
+                }]}));
+                return Err(refusal);
             }
         }
         let mut merged = present.clone().unwrap_or_else(|| json!({}));
@@ -225,7 +236,8 @@ impl Objects {
             take_away(&mut merged, before, &object);
         }
         merge(&mut merged, &object);
-        let merged = divided(kind, present.as_ref(), merged, false);
+        let mut merged = divided(kind, present.as_ref(), merged, false);
+        gate.enter(&mut merged, present.as_ref())?;
         if force {
             for ((of, other), theirs) in &mut self.applied {
                 if *of == key && other != manager {
@@ -245,13 +257,15 @@ impl Objects {
         name: &str,
         patch: &Value,
         is_status: bool,
+        gate: &Gate,
     ) -> Result<Value, Refusal> {
         let key = key(kind.plural, namespace, name);
         let present = self.all.get(&key).cloned().ok_or_else(|| missing(kind.plural, name))?;
         let mut object = present.clone();
         merge_patch(&mut object, patch);
         let (_, object) = checked(kind, namespace, object)?;
-        let object = divided(kind, Some(&present), object, is_status);
+        let mut object = divided(kind, Some(&present), object, is_status);
+        gate.enter(&mut object, Some(&present))?;
         Ok(self.put(key, object, Some(present)))
     }
 
@@ -300,6 +314,17 @@ impl Objects {
         }
     }
 
+    /// Deletes everything in a namespace.
+    pub(super) fn delete_namespace(&mut self, namespace: &str) {
+        let is_in = |key: &&Key| key.namespace == namespace;
+        let keys: Vec<Key> = self.all.keys().filter(is_in).cloned().collect();
+        for key in keys {
+            let object = self.all.remove(&key);
+            self.applied.retain(|(of, _), _| *of != key);
+            self.note(&key, object, None);
+        }
+    }
+
     /// Changes after a revision; `None`: some of them are forgotten, or it is none of ours.
     pub(super) fn since(&self, revision: u64) -> Option<Vec<Change>> {
         if self.is_forgotten(revision) || revision > self.revision {
@@ -328,6 +353,10 @@ impl Objects {
             inherited("uid").or(given).unwrap_or_else(|| uuid::Uuid::new_v4().to_string().into());
         metadata["creationTimestamp"] = inherited("creationTimestamp")
             .unwrap_or_else(|| format!("{:.0}", jiff::Timestamp::now()).into());
+        if let Some(generation) = generation(&key.plural, &object, present.as_ref()) {
+            object["metadata"]["generation"] = generation.into();
+        }
+        let metadata = &mut object["metadata"];
         if let Some(present) = &present {
             metadata["resourceVersion"] = present["metadata"]["resourceVersion"].clone();
             // A write that changes nothing makes no new version.
@@ -358,6 +387,28 @@ impl Objects {
 
 fn key(plural: &str, namespace: &str, name: &str) -> Key {
     Key { plural: plural.into(), namespace: namespace.into(), name: name.into() }
+}
+
+/// Grows with every change of what is wanted of an object that has a status.
+fn generation(plural: &str, object: &Value, present: Option<&Value>) -> Option<u64> {
+    let kind = KINDS.iter().find(|kind| kind.plural == plural)?;
+    if !kind.has_status || matches!(plural, "pods" | "namespaces" | "nodes" | "services") {
+        return None;
+    }
+    let wanted = |object: &Value| {
+        let mut object = object.clone();
+        if let Some(fields) = object.as_object_mut() {
+            fields.retain(|name, _| name != "metadata" && name != "status");
+        }
+        object
+    };
+    let before = present
+        .map(|present| (present["metadata"]["generation"].as_u64().unwrap_or(0), wanted(present)));
+    Some(match before {
+        Some((number, before)) if before == wanted(object) && number > 0 => number,
+        Some((number, _)) => number + 1,
+        None => 1,
+    })
 }
 
 fn missing(plural: &str, name: &str) -> Refusal {

@@ -57,6 +57,37 @@ impl Selection {
     }
 }
 
+/// Whether labels fit a selector as objects have it (`matchLabels`, `matchExpressions`).
+pub(super) fn labels_fit(selector: &Value, labels: &Value) -> Result<bool, Refusal> {
+    let label = |key: &str| labels[key].as_str();
+    for (key, wanted) in selector["matchLabels"].as_object().into_iter().flatten() {
+        if label(key) != wanted.as_str() {
+            return Ok(false);
+        }
+    }
+    for term in selector["matchExpressions"].as_array().into_iter().flatten() {
+        let own = label(term["key"].as_str().unwrap_or_default());
+        let is_in = || {
+            let mut values = term["values"].as_array().into_iter().flatten();
+            own.is_some_and(|own| values.any(|value| value == own))
+        };
+        let fits = match term["operator"].as_str() {
+            Some("In") => is_in(),
+            Some("NotIn") => !is_in(),
+            Some("Exists") => own.is_some(),
+            Some("DoesNotExist") => own.is_none(),
+            other => {
+                let message = format!("{other:?} is not a valid label selector operator");
+                return Err(Refusal::new(400, "BadRequest", message));
+            }
+        };
+        if !fits {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// The one value that a selector wants of a field, if it wants exactly one.
 pub(super) fn exact(selector: &str, field: &str) -> Option<String> {
     let terms = terms(selector).ok()?;

@@ -102,6 +102,13 @@ fn labels_policies_and_the_override_work_through_the_api() -> Result<()> {
         policies_decide(mesh, api)?;
         the_override_goes_before_all(mesh, api)?;
 
+        // All of that under the shipped roles: no agent asked for more than they allow.
+        let asked = api.asked();
+        let agent = "system:serviceaccount:signet-system:signet-agent";
+        let (may, may_not): (Vec<_>, Vec<_>) =
+            asked.iter().filter(|asked| asked.user == agent).partition(|asked| asked.allowed);
+        ensure!(may.len() > 20 && may_not.is_empty(), "{may:?} {may_not:?}");
+
         // An agent that ends un-announces its pods with its last breath.
         lab.agent("node-2")?.stop()?;
         ensure!(enrolled(api, "node-2").is_empty(), "{:?}", enrolled(api, "node-2"));
@@ -169,7 +176,7 @@ fn watches_are_shown(mesh: &Mesh) -> Result<()> {
     let watches = status["cluster"]["watches"].as_array().context("no watches")?;
     let of = |kind: &str| watches.iter().find(|watch| watch["kind"] == kind);
     let own = of("Pod (this node)").context("no watch of pods")?;
-    ensure!(own["state"] == "listed" && own["objects"] == 3 && own["error"].is_null(), "{own}");
+    ensure!(own["state"] == "listed" && own["objects"] == 4 && own["error"].is_null(), "{own}");
     let istio = of("AuthorizationPolicy").context("no watch of Istio's")?;
     ensure!(istio["state"] == "absent", "{istio}");
     let text = agent.cli(&["status"])?.stdout;

@@ -1,10 +1,12 @@
 //! The Kubernetes API as the source of Worlds, against the test API server: what it makes of
 //! lists, changes and faults. No agent, no eBPF and no privileges take part.
 
+mod admission;
 mod board;
 mod events;
 mod faults;
 mod following;
+mod kubectl;
 mod rights;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
