@@ -212,6 +212,13 @@ impl Lab {
         self.api.as_deref().context("the lab has no API server; see LabOptions::api_server")
     }
 
+    /// Gives every agent a new token of its own, in the kubeconfig that it is started with: its
+    /// service account or its pod was made anew.
+    pub fn renew_agents_tokens(&self) -> Result<()> {
+        let api = self.api_server()?;
+        self.nodes.iter().try_for_each(|node| agent_kubeconfig(api, node).map(drop))
+    }
+
     /// All nodes.
     pub fn nodes(&self) -> &[Arc<Node>] {
         &self.nodes

@@ -1,11 +1,15 @@
 //! `signet policy`, assembled: what is in force, and what would become of a flow.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use signet_ebpf::abi::{Direction, Mode, enforcement, proto};
 
 use super::inputs::StatusInputs;
 use crate::{
+    cluster::{builtins::called_endpoints, model::World},
     config::values::Builtin,
     endpoint::{
         check::{self, Answer, Setting, Side},
@@ -72,6 +76,9 @@ fn builtin(state: &NodeState, which: Builtin, hits: u64) -> admin::PolicyInForce
         Builtin::KubeletProbes => {
             "allows what the node's own kubelet (probeCgroups) dials: probes".into()
         }
+        Builtin::Webhooks => {
+            format!("allows plaintext to what the API server calls: {}", calls(&state.world))
+        }
     };
     let condition = if in_force {
         admin::Condition {
@@ -96,6 +103,29 @@ fn builtin(state: &NodeState, which: Builtin, hits: u64) -> admin::PolicyInForce
         pods: count(selected().count()),
         conditions: vec![condition, enforced(state, selected())],
         ..named(&made.name, hits)
+    }
+}
+
+/// `10.0.0.1:8443/tcp (APIService v1.metrics.k8s.io), …`.
+fn calls(world: &World) -> String {
+    let mut places: BTreeSet<String> = called_endpoints(world)
+        .map(|(who, endpoint)| {
+            let at = std::net::SocketAddr::new(endpoint.ip, endpoint.port);
+            let who: Vec<&str> = who.iter().map(AsRef::as_ref).collect();
+            format!("{at}/tcp ({})", who.join(", "))
+        })
+        .collect();
+    let more = places.len().saturating_sub(MOST_PLACES);
+    if places.is_empty() {
+        return "no Service of a webhook or an aggregated API has an endpoint".into();
+    }
+    while places.len() > MOST_PLACES {
+        places.pop_last();
+    }
+    let shown: Vec<String> = places.into_iter().collect();
+    match more {
+        0 => shown.join(", "),
+        more => format!("{} and {more} more", shown.join(", ")),
     }
 }
 

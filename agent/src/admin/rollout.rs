@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{inputs::StatusInputs, policies::Unanswered};
 use crate::{
     cluster::{
-        model::World,
+        model::{ExemptPort, World},
         network_policy::{self, SuggestedPeer, SuggestedRule},
     },
     endpoint::{
@@ -83,7 +83,20 @@ fn response(state: &NodeState, namespace: &str, surveyed: &[Surveyed]) -> CheckR
     });
     let total: usize = surveyed.iter().map(|pod| pod.flows.len()).sum();
     let exempt = world.namespaces.get(namespace).map(|n| n.exempt_ports.clone());
-    let exempt = exempt.iter().flat_map(|ports| ports.iter()).map(|port| {
+    // What the API server calls stays open by itself.
+    let called = state.builtins.called(world);
+    let called = called
+        .iter()
+        .filter(|(ip, _)| world.pod_at(**ip).is_some_and(|pod| *pod.name.namespace == *namespace));
+    let called = called.flat_map(|(_, ports)| ports);
+    let exempt: BTreeSet<_> = exempt
+        .iter()
+        .flat_map(|ports| ports.iter())
+        .chain(called)
+        .map(|port| (port.port, port.protocol))
+        .collect();
+    let exempt = exempt.into_iter().map(|(number, of)| ExemptPort { port: number, protocol: of });
+    let exempt = exempt.map(|port| {
         let protocol = if port.protocol == proto::UDP { "udp" } else { "tcp" };
         format!("{}/{protocol}", port.port)
     });

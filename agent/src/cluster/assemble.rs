@@ -7,6 +7,7 @@ use std::{
 };
 
 use super::{
+    called::by_service,
     model::{
         Endpoint, Namespace, ObjectName, Override, Pod, PodUid, Problem, Ranges, Service,
         ServicePort, Synced, World,
@@ -120,6 +121,7 @@ impl Assembler {
             policies: Arc::new(PolicySet { policies, carried }),
             peer_authentications,
             network_policies,
+            called: Arc::new(by_service(objects.called.iter().map(AsRef::as_ref))),
             enforcement: around.enforcement,
             ranges: ranges(around.ranges, objects),
             federation: around.federation,

@@ -1,8 +1,14 @@
 //! Which built-ins are in force, and what they allow in this cluster.
 
-use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::IpAddr,
+    sync::Arc,
+};
 
-use super::model::{ObjectName, World};
+use signet_ebpf::abi::proto;
+
+use super::model::{Endpoint, ExemptPort, ObjectName, World};
 use crate::{
     config::values::{Builtin, Resolver},
     policy::{
@@ -44,7 +50,24 @@ impl Builtins {
         match builtin {
             Builtin::Dns => self.dns(world),
             Builtin::KubeletProbes => builtin::probes(),
+            Builtin::Webhooks => builtin::webhooks(),
         }
+    }
+
+    /// The pods' ports that the API server calls, by address; none once that is removed.
+    pub fn called(&self, world: &World) -> HashMap<IpAddr, Vec<ExemptPort>> {
+        let mut called: HashMap<IpAddr, Vec<ExemptPort>> = HashMap::new();
+        if !self.has(Builtin::Webhooks) {
+            return called;
+        }
+        for (_, endpoint) in called_endpoints(world) {
+            let ports = called.entry(endpoint.ip.to_canonical()).or_default();
+            let port = ExemptPort { port: endpoint.port, protocol: proto::TCP };
+            if !ports.contains(&port) {
+                ports.push(port);
+            }
+        }
+        called
     }
 
     fn dns(&self, world: &World) -> Policy {
@@ -81,11 +104,21 @@ impl Builtins {
     }
 }
 
+/// What is behind the Services' ports that the API server calls, each with who says so.
+pub fn called_endpoints(world: &World) -> impl Iterator<Item = (&BTreeSet<Arc<str>>, &Endpoint)> {
+    world.called.iter().flat_map(|((name, number), who)| {
+        let service = world.services.get(name);
+        let ports = service.into_iter().flat_map(|service| &service.ports);
+        let meant = ports.filter(|port| port.port == *number && port.protocol == proto::TCP);
+        meant.flat_map(|port| &port.endpoints).map(move |endpoint| (who, endpoint))
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{
-        cluster::model::{Endpoint, Service, ServicePort},
+        cluster::model::{Service, ServicePort},
         policy::model::Rule,
         spiffe::TrustDomain,
     };
@@ -119,6 +152,27 @@ mod tests {
     fn reached(policy: &Policy) -> Vec<String> {
         let targets = policy.egress.iter().flat_map(Rule::all_peers).flat_map(|p| &p.targets);
         targets.map(|t| format!("{}:{}/{}", t.ip, t.port, t.protocol)).collect()
+    }
+
+    #[test]
+    fn what_the_api_server_calls_is_exempt_behind_its_service_only() {
+        let mut world = world(&[
+            service("shop", "hook", false, "10.96.0.20"),
+            service("shop", "other", false, "10.96.0.21"),
+        ]);
+        let hook = ObjectName { namespace: "shop".into(), name: "hook".into() };
+        let gone = ObjectName { namespace: "shop".into(), name: "gone".into() };
+        let who = BTreeSet::from(["APIService v1.x".into()]);
+        world.called =
+            Arc::new([((hook, 9153), who.clone()), ((gone, 443), who)].into_iter().collect());
+        let mut builtins = Builtins::default();
+        let ip: IpAddr = "10.0.0.3".parse().unwrap();
+        let called = builtins.called(&world);
+        assert_eq!(called.len(), 1);
+        assert_eq!(called[&ip], [ExemptPort { port: 9153, protocol: 6 }]);
+        // A port that nobody calls is closed, and so is all of it once that is removed.
+        builtins.in_force = vec![Builtin::Dns];
+        assert!(builtins.called(&world).is_empty());
     }
 
     #[test]

@@ -25,6 +25,7 @@ impl Collected {
             Object::Node(o) => objects.nodes.push(o.clone()),
             Object::Ranges(o) => objects.ranges.push(o.clone()),
             Object::NetworkPolicy(o) => objects.network_policies.push(o.clone()),
+            Object::Called(o) => objects.called.push(o.clone()),
             Object::Policy(o) => self.policies.push(o.clone()),
             Object::PeerAuthentication(o) => self.peer_authentications.push(o.clone()),
         }

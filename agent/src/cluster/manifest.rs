@@ -10,6 +10,7 @@ use k8s_openapi::api::{
 };
 
 use super::{
+    called::CalledFacts,
     model::{ObjectName, Ranges},
     modes::{LabelFault, check_namespace, check_pod},
     network_policy::NetworkPolicy,
@@ -52,6 +53,8 @@ pub enum Object {
     Ranges(Arc<RangeFacts>),
     /// A NetworkPolicy.
     NetworkPolicy(Arc<NetworkPolicy>),
+    /// What makes the API server call Services.
+    Called(Arc<CalledFacts>),
     /// A policy, native or Istio's.
     Policy(Arc<Policy>),
     /// Istio's word on plaintext.
@@ -81,6 +84,7 @@ impl Object {
             Self::NetworkPolicy(o) => {
                 ("NetworkPolicy", o.name.namespace.clone(), o.name.name.clone())
             }
+            Self::Called(o) => (&o.kind, empty(), o.name.clone()),
             Self::Policy(o) => (&o.name.kind, o.name.namespace.clone(), o.name.name.clone()),
             Self::PeerAuthentication(o) => {
                 (&o.name.kind, o.name.namespace.clone(), o.name.name.clone())
@@ -254,6 +258,11 @@ fn read_object(
         ("networking.k8s.io/v1", "NetworkPolicy") => {
             let object: KubeNetworkPolicy = document.deserialize_into()?;
             Object::NetworkPolicy(Arc::new(NetworkPolicy::read(&object).map_err(at)?))
+        }
+        (version, kind) if CalledFacts::is_read(version, kind) => {
+            let object: serde_json::Value = document.deserialize_into()?;
+            let name = object["metadata"]["name"].as_str().unwrap_or_default();
+            Object::Called(Arc::new(CalledFacts::read(kind, name, &object)))
         }
         (version, istio::AUTHORIZATION_POLICY) if version.starts_with(istio::GROUP) => {
             Object::Policy(Arc::new(istio::read_authorization(document, root)?))

@@ -4,11 +4,13 @@
 //! change; [`manifest`] reads one file, [`objects`] takes from each object what matters,
 //! [`assemble`] joins them, whatever their source; [`modes`] are the rules of labels,
 //! [`plaintext`] those of PeerAuthentications; [`offline`] reads manifests once;
-//! [`enrolment`] says who is served, [`builtins`] what passes without a policy,
+//! [`enrolment`] says who is served, [`builtins`] what passes without a policy, [`called`] what
+//! the API server calls,
 //! [`network_policy`] reads what is not ours to enforce but in tunnels' way.
 
 pub mod assemble;
 pub mod builtins;
+pub mod called;
 mod collected;
 pub mod enrolment;
 pub mod files;

@@ -12,7 +12,7 @@ use std::{
 use ipnet::IpNet;
 use signet_ebpf::abi::Mode;
 
-use super::network_policy::NetworkPolicy;
+use super::{called::Called, network_policy::NetworkPolicy};
 use crate::{
     config::values::Enforcement,
     policy::{
@@ -63,6 +63,8 @@ pub struct World {
     pub peer_authentications: Vec<Arc<PeerAuthentication>>,
     /// Kubernetes' own policies, by name: not enforced here, but in the way of tunnels.
     pub network_policies: Vec<Arc<NetworkPolicy>>,
+    /// Services' ports that the API server calls.
+    pub called: Arc<Called>,
     /// What overrides modes and policies.
     pub enforcement: Override,
     /// The cluster's address ranges.
@@ -93,6 +95,7 @@ impl World {
             policies: Arc::default(),
             peer_authentications: Vec::new(),
             network_policies: Vec::new(),
+            called: Arc::default(),
             enforcement: Override::Absent,
             ranges: Ranges::default(),
             federation: Arc::default(),
@@ -117,6 +120,7 @@ impl World {
             policies,
             peer_authentications,
             network_policies,
+            called,
             enforcement,
             ranges,
             federation,
@@ -135,6 +139,7 @@ impl World {
             && *policies == other.policies
             && *peer_authentications == other.peer_authentications
             && *network_policies == other.network_policies
+            && *called == other.called
             && *enforcement == other.enforcement
             && *ranges == other.ranges
             && *federation == other.federation

@@ -15,6 +15,7 @@ use k8s_openapi::{
 };
 
 use super::{
+    called::CalledFacts,
     model::{ObjectName, PodUid, Workload},
     network_policy::NetworkPolicy,
 };
@@ -42,6 +43,8 @@ pub struct Objects {
     pub ranges: Vec<Arc<RangeFacts>>,
     /// NetworkPolicies.
     pub network_policies: Vec<Arc<NetworkPolicy>>,
+    /// What makes the API server call Services.
+    pub called: Vec<Arc<CalledFacts>>,
 }
 
 /// Why an object cannot be used: field, value and remedy.

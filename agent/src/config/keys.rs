@@ -389,9 +389,10 @@ keys! {
         "Namespaces whose pods are registered first and never wait, besides kube-system."
         set(c, v) { c.never_deny = each(v, |n| label(n, 63))?; }
         get(c) c.never_deny.clone();
-    "builtins" Live true "dns,kubelet-probes"
+    "builtins" Live true "dns,kubelet-probes,webhooks"
         "What passes without a policy: DNS to the pod's own resolvers, unless a policy denies it, \
-         and probes of the node's own kubelet. What is left out is removed; signet policy list \
+         probes of the node's own kubelet, and plaintext to the ports that the API server calls \
+         (webhooks, aggregated APIs). What is left out is removed; signet policy list \
          shows them."
         set(c, v) { c.builtins = each(v, Builtin::parse)?; }
         get(c) c.builtins.iter().map(|b| b.as_str().into()).collect();

@@ -181,12 +181,14 @@ words! {
         Dns = "dns",
         /// The probes of the node's own kubelet.
         KubeletProbes = "kubelet-probes",
+        /// What the API server calls: webhooks and aggregated APIs.
+        Webhooks = "webhooks",
     }
 }
 
 impl Builtin {
     /// Every one.
-    pub const ALL: [Self; 2] = [Self::Dns, Self::KubeletProbes];
+    pub const ALL: [Self; 3] = [Self::Dns, Self::KubeletProbes, Self::Webhooks];
 }
 
 /// A resolver of names.

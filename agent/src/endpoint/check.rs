@@ -6,7 +6,7 @@
 mod question;
 
 use std::{
-    collections::{BTreeSet, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
 };
@@ -23,7 +23,7 @@ use super::{plan, rejudge::Verdicts, state::NodeState, tables::Tables};
 use crate::{
     cluster::{
         builtins::Builtins,
-        model::{ObjectName, Pod, World},
+        model::{ExemptPort, ObjectName, Pod, World},
     },
     policy::{
         compile::{CompileInput, compile},
@@ -170,6 +170,8 @@ struct Check<'a> {
     /// By number, from [`FIRST_IDENTITY`] on.
     identities: Vec<(u32, SpiffeId)>,
     builtins: Vec<Arc<Policy>>,
+    /// Pods' ports that the API server calls, by address.
+    called: HashMap<IpAddr, Vec<ExemptPort>>,
     tables: Tables,
     notes: Vec<String>,
 }
@@ -247,6 +249,7 @@ impl<'a> Check<'a> {
             to_ip,
             identities,
             builtins: setting.builtins.policies(world),
+            called: setting.builtins.called(world),
             tables: Tables::default(),
             notes,
         };
@@ -309,7 +312,8 @@ impl<'a> Check<'a> {
             let entry =
                 AddressEntry { identity: entry.identity, kind: address::POD, flags, pad: 0 };
             self.tables.addresses.insert(Ip::from_std(ip), entry);
-            for exempt in found.exempt_ports.iter() {
+            let called = found.ips.iter().filter_map(|ip| self.called.get(&ip.to_canonical()));
+            for exempt in found.exempt_ports.iter().chain(called.flatten()) {
                 let (port, protocol) = (exempt.port, exempt.protocol);
                 self.tables.exempt.insert(ExemptKey { netns, port, protocol, pad: [0; 5] }, 1);
             }

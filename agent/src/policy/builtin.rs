@@ -54,6 +54,13 @@ pub fn probes() -> Policy {
     Policy { ingress: vec![nothing], governs_ingress: true, ..of(name) }
 }
 
+/// Plaintext to what the API server calls. The kernel lets it in by port before policy is asked.
+pub fn webhooks() -> Policy {
+    let nothing = Rule { never: true, ..Rule::default() };
+    let name = crate::config::values::Builtin::Webhooks.as_str();
+    Policy { ingress: vec![nothing], governs_ingress: true, ..of(name) }
+}
+
 fn of(builtin: &str) -> Policy {
     Policy { builtin: true, ..Policy::new(name(builtin), Selector::default(), Action::Allow) }
 }

@@ -16,6 +16,7 @@ mod foreign;
 mod handover;
 mod hostile;
 mod kubernetes;
+mod life_lines;
 mod lifecycle;
 mod limits;
 mod mesh;

@@ -160,7 +160,7 @@ fn kubectl_applies_looks_conflicts_and_takes_away() -> Result<()> {
     )?;
 
     // Everything goes, with what is in it.
-    kubectl.run("delete -k manifests/base", None)?.ok()?;
+    kubectl.run("delete --ignore-not-found -k manifests/base", None)?.ok()?;
     for plural in ["customresourcedefinitions", "daemonsets", "configmaps", "identitypolicies"] {
         ensure!(api.list(plural).is_empty(), "{plural}: {:?}", api.list(plural));
     }

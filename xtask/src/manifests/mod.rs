@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// What is built: each can be applied by itself.
-const ROOTS: [&str; 8] = [
+const ROOTS: [&str; 9] = [
     "base",
     "overlays/guard",
     "overlays/istio-ca",

@@ -47,6 +47,8 @@ pub(super) enum Content {
     Enforcement,
     /// As a ConfigMap with the foreign trust domains.
     Federation,
+    /// For the Services that the API server calls by it.
+    Called,
 }
 
 /// The ConfigMap that overrides what modes and policies say, with the key `enforcement`.
@@ -58,6 +60,9 @@ pub(super) const FEDERATION: &str = "signet-federation";
 pub(super) fn all(node: &str, namespace: &str) -> Vec<Kind> {
     use Gate::{Enforcing, Everything, Nothing};
     const CORE: (&str, &[&str]) = ("", &["v1"]);
+    const ADMISSION: &str = "admissionregistration.k8s.io";
+    const AGGREGATION: &str = "apiregistration.k8s.io";
+    const EXTENSIONS: &str = "apiextensions.k8s.io";
     const SIGNET: (&str, &[&str]) = ("signet.dev", &["v1alpha1"]);
     const ISTIO: (&str, &[&str]) = ("security.istio.io", &["v1", "v1beta1"]);
     let of = |(group, versions), kind, plural, gate| Kind {
@@ -70,6 +75,10 @@ pub(super) fn all(node: &str, namespace: &str) -> Vec<Kind> {
         fields: None,
         gate,
         content: Content::Object,
+    };
+    let called = |group, kind, plural| Kind {
+        content: Content::Called,
+        ..of((group, &["v1"]), kind, plural, Enforcing)
     };
     let config_map = |shown, name: &str, gate, content| Kind {
         shown,
@@ -109,6 +118,11 @@ pub(super) fn all(node: &str, namespace: &str) -> Vec<Kind> {
         of(ISTIO, "AuthorizationPolicy", "authorizationpolicies", Enforcing),
         // Modes follow from them.
         of(ISTIO, "PeerAuthentication", "peerauthentications", Everything),
+        // Exempt ports follow from them.
+        called(ADMISSION, "ValidatingWebhookConfiguration", "validatingwebhookconfigurations"),
+        called(ADMISSION, "MutatingWebhookConfiguration", "mutatingwebhookconfigurations"),
+        called(AGGREGATION, "APIService", "apiservices"),
+        called(EXTENSIONS, "CustomResourceDefinition", "customresourcedefinitions"),
         // Until it is read, what is pinned stays.
         config_map("ConfigMap signet-enforcement", ENFORCEMENT, Nothing, Content::Enforcement),
         config_map("ConfigMap signet-federation", FEDERATION, Everything, Content::Federation),

@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     cluster::{
+        called::CalledFacts,
         enrolment::Announcement,
         manifest::{self, Object},
         model::Problem,
@@ -182,6 +183,11 @@ fn read(
         object.insert("kind".into(), kind.kind.into());
     }
     match kind.content {
+        // Definitions are large: no more of them is looked at than is needed.
+        Content::Called => {
+            let facts = CalledFacts::read(kind.kind, name, &value);
+            Ok(Some(Known::Object(Object::Called(Arc::new(facts)))))
+        }
         Content::Object => {
             let node = Node::from_json(value)?;
             let object =

@@ -26,7 +26,7 @@ use super::{
 use crate::{
     cluster::{
         builtins::Builtins,
-        model::{ObjectName, Pod, PodUid, Problem, World},
+        model::{ExemptPort, ObjectName, Pod, PodUid, Problem, World},
     },
     policy::{compile::PolicyEntry, model::Policy},
     spiffe::SpiffeId,
@@ -224,6 +224,8 @@ pub fn plan(input: &Input<'_>, numbers: &mut Numbers) -> Plan {
 struct Planner<'a> {
     input: &'a Input<'a>,
     builtins: Vec<Arc<Policy>>,
+    /// Pods' ports that the API server calls, by address.
+    called: HashMap<IpAddr, Vec<ExemptPort>>,
     tables: Tables,
     keep: BTreeSet<u64>,
     memory: Memory,
@@ -245,6 +247,7 @@ impl<'a> Planner<'a> {
         Self {
             input,
             builtins: input.params.builtins.policies(input.world),
+            called: input.params.builtins.called(input.world),
             tables: Tables::default(),
             keep: BTreeSet::new(),
             memory: Memory::new(),
@@ -359,7 +362,8 @@ impl<'a> Planner<'a> {
         self.own_rows(pod, found, netns, mode, phase, number, ports);
         let raw_guard = self.guard(pod, found, mode);
         if judged {
-            for exempt in pod.exempt_ports.iter() {
+            let called = pod.ips.iter().filter_map(|ip| self.called.get(&ip.to_canonical()));
+            for exempt in pod.exempt_ports.iter().chain(called.flatten()) {
                 let key =
                     ExemptKey { netns, port: exempt.port, protocol: exempt.protocol, pad: [0; 5] };
                 self.tables.exempt.insert(key, 1);

@@ -606,7 +606,13 @@ fn params(config: &AgentConfig, programs: &Programs, workloads_level: u32) -> Pa
         deny_other: config.other_protocols == crate::config::values::OtherProtocols::Deny,
         raw_guard: config.raw_guard.then(|| programs.guard_kind()),
         guard_ahead: !programs.features().has(crate::kernel::features::Feature::Tcx),
-        never_deny: config.never_deny.iter().map(|n| n.as_str().into()).collect(),
+        // The agent's own home is never closed against it.
+        never_deny: config
+            .never_deny
+            .iter()
+            .chain(&config.namespace)
+            .map(|name| name.as_str().into())
+            .collect(),
         released: BTreeSet::new(),
         builtins: Builtins {
             in_force: config.builtins.clone(),

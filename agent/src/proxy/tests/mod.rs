@@ -172,6 +172,7 @@ pub(super) fn world(revision: u64, pods: &[Arc<Pod>], served: &[&Arc<Pod>]) -> W
         policies: Arc::new(PolicySet::default()),
         peer_authentications: Vec::new(),
         network_policies: Vec::new(),
+        called: Arc::default(),
         enforcement: Override::Absent,
         ranges: Ranges {
             pods: vec!["10.77.0.0/16".parse().unwrap()],
