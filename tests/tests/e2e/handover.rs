@@ -33,8 +33,10 @@ use crate::mesh::{
 
 /// How long an agent whose place is taken has for its open flows, in these tests.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// The same as a flag.
-const FLAGS: [&str; 2] = ["--drain-deadline", "10s"];
+/// The same as a flag, for agents that are to reach it.
+const SHORT: [&str; 2] = ["--drain-deadline", "10s"];
+/// For all others: no flow of theirs is cut, however busy the machine is.
+const LONG: [&str; 2] = ["--drain-deadline", "5m"];
 
 /// What runs while agents are replaced.
 struct Traffic {
@@ -82,9 +84,9 @@ fn closed(streams: &Running) -> usize {
     streams.printed().iter().filter(|line| line["event"] == "closed").count()
 }
 
-fn mesh() -> Result<Mesh> {
+fn mesh(flags: [&str; 2]) -> Result<Mesh> {
     let options =
-        LabOptions { agent_flags: FLAGS.map(str::to_owned).into(), ..LabOptions::default() };
+        LabOptions { agent_flags: flags.map(str::to_owned).into(), ..LabOptions::default() };
     let mesh = Mesh::with(options, Some("strict"))?;
     mesh.allow_payments(&["frontend", "intruder"])?;
     answered_soon(&mesh.frontend, mesh.payments.at(TCP))?;
@@ -103,13 +105,16 @@ fn replace(mesh: &Mesh) -> Result<Vec<Process>> {
 
 #[test]
 fn upgrade_and_rollback_refuse_nobody() -> Result<()> {
-    let mesh = mesh()?;
+    let mesh = mesh(SHORT)?;
     with_logs(&mesh, |mesh| {
         let begun = Instant::now();
         let traffic = Traffic::start(mesh)?;
         thread::sleep(Duration::from_secs(1));
 
         // Upgrade. Streams go on in the old agents until their deadline, and end then.
+        for agent in agents(mesh)? {
+            agent.set_flags(&LONG);
+        }
         let replaced = Instant::now();
         let mut old = replace(mesh)?;
         let both = replaced.elapsed();
@@ -156,7 +161,7 @@ fn upgrade_and_rollback_refuse_nobody() -> Result<()> {
         let report = traffic.finish(begun)?;
         ensure!(report.closed.iter().all(|closed| closed.outcome == "told"), "{report:?}");
         for old in &mut old {
-            let status = old.wait(DEADLINE)?;
+            let status = old.wait(TIMEOUT)?;
             ensure!(status.code() == Some(0), "an old agent ended with {status}");
         }
         for agent in agents(mesh)? {
@@ -194,7 +199,7 @@ fn links(directory: &Path) -> Result<Vec<String>> {
 /// version's, and the old one goes on with what it has open.
 #[test]
 fn another_versions_maps_and_programs_are_swapped_under_load() -> Result<()> {
-    let mesh = mesh()?;
+    let mesh = mesh(LONG)?;
     with_logs(&mesh, |mesh| {
         let stranger = mesh.lab.pod("legacy", "stranger").start()?;
         stranger.wait_published()?;
@@ -222,7 +227,7 @@ fn another_versions_maps_and_programs_are_swapped_under_load() -> Result<()> {
             let report = traffic.finish(begun)?;
             ensure!(report.closed.iter().all(|closed| closed.outcome == "told"), "{report:?}");
             for old in &mut old {
-                let status = old.wait(DEADLINE)?;
+                let status = old.wait(TIMEOUT)?;
                 ensure!(status.code() == Some(0), "an old agent ended with {status}");
             }
             for agent in agents(mesh)? {
@@ -249,7 +254,7 @@ fn programs(agent: &Agent) -> Result<Vec<String>> {
 
 #[test]
 fn a_new_agent_that_does_not_get_ready_changes_nothing() -> Result<()> {
-    let mesh = mesh()?;
+    let mesh = mesh(LONG)?;
     with_logs(&mesh, |mesh| {
         let begun = Instant::now();
         let traffic = Traffic::start(mesh)?;
@@ -290,7 +295,7 @@ fn a_new_agent_that_does_not_get_ready_changes_nothing() -> Result<()> {
         old.signal(Signal::TERM)?;
         let report = traffic.finish(begun)?;
         ensure!(report.closed.iter().all(|closed| closed.outcome == "told"), "{report:?}");
-        ensure!(old.wait(DEADLINE)?.code() == Some(0));
+        ensure!(old.wait(TIMEOUT)?.code() == Some(0));
 
         // One that waits is told to end: nothing happens.
         let mut third = agent.start_successor(&unreachable)?;
@@ -358,7 +363,7 @@ fn give_up_in_the_middle(agent: &Agent) -> Result<usize> {
 
 #[test]
 fn either_agent_may_die_in_the_middle() -> Result<()> {
-    let mesh = mesh()?;
+    let mesh = mesh(LONG)?;
     with_logs(&mesh, |mesh| {
         let begun = Instant::now();
         let traffic = Traffic::start(mesh)?;
