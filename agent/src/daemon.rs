@@ -6,6 +6,7 @@ mod events;
 mod identity;
 mod picture;
 mod succession;
+mod viewers;
 
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -59,6 +60,7 @@ use self::{
     identity::Identity,
     picture::{Losses, Newest, Picture},
     succession::{Alone, Sockets, answer, hello, retire, take_place, task},
+    viewers::Viewers,
 };
 
 /// Threads of the control plane; the data plane has its own, one a core.
@@ -246,6 +248,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     let (report, kernel_report) = watch::channel(reconcile::KernelReport::default());
     let (config_changes, live_config) = watch::channel(Arc::new(config.clone()));
     let (page_problem, page_problems) = watch::channel(BTreeMap::new());
+    let (viewer_problem, viewer_problems) = watch::channel(None);
     let pulse = reconcile::Pulse::default();
     let picture = Arc::new(Picture {
         node: config.node.as_str().into(),
@@ -271,6 +274,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         foreign_bundles,
         pages: page_problems,
         istio,
+        viewers: viewer_problems,
         pulse: pulse.clone(),
         succession,
         newest: Newest::new(started),
@@ -336,6 +340,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         Observer::new(log, config.node.as_str().into(), domain.as_str().into()).into_service(),
     )
     .add_service(observer::health().await);
+    let viewers = Viewers::of(&config, routes.clone(), viewer_problem);
     // It answers until the process ends, whoever serves the node.
     let own = own_socket.map(|socket| {
         let (never, end) = (CancellationToken::new(), ended.clone().cancelled_owned());
@@ -393,6 +398,11 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
             // It writes once more when it is stopped.
             ("the history of flows", remembering),
         ];
+        let viewing = viewers.clone().serve();
+        tasks.push(task("the viewers' server", stop, async move {
+            viewing.await;
+            "it returned".to_owned()
+        }));
         let measuring = serve_pages(pages.clone(), page_problem.clone());
         tasks.push(task("the servers of metrics and readiness", stop, async move {
             measuring.await;

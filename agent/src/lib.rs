@@ -15,8 +15,8 @@
 //! 5. [`endpoint`] finds this node's pods and reconciles the kernel with the world.
 //! 6. [`flow`] records verdicts.
 //! 7. [`proxy`] carries flows; [`observer`] and [`admin`] answer the command line;
-//!    [`workload_api`] gives pods their own SVIDs; [`handover`] brings a node from one agent to
-//!    the next.
+//!    [`workload_api`] gives pods their own SVIDs; [`viewer`] lets who may see flows in over TCP;
+//!    [`handover`] brings a node from one agent to the next.
 //! 8. [`daemon`] puts the node agent together; [`authority`] is the certificate authority;
 //!    [`lifecycle`] is what is done to a node where no agent runs: guard, release, uninstall.
 //! 9. [`cli`] is the command line.
@@ -45,4 +45,5 @@ pub mod svid;
 pub mod telemetry;
 pub mod trust;
 pub mod tunnel;
+pub mod viewer;
 pub mod workload_api;

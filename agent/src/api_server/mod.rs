@@ -3,12 +3,21 @@
 
 pub mod nodes;
 
-use std::{collections::BTreeMap, fmt, path::Path, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    path::Path,
+    time::Duration,
+};
 
 use k8s_openapi::{
     ByteString,
     api::{
         authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus},
+        authorization::v1::{
+            ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec,
+            SubjectAccessReview, SubjectAccessReviewSpec, SubjectAccessReviewStatus,
+        },
         core::v1::{ConfigMap, Node, Pod, Secret},
     },
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
@@ -75,11 +84,37 @@ pub async fn access(kubeconfig: Option<&Path>) -> Result<Config, ApiError> {
     }
 }
 
+/// How a person reaches the API server: by this kubeconfig, or the one that kubectl would take.
+///
+/// # Errors
+/// When there is none, or it cannot be read, or has no such context. Nothing is asked yet.
+pub async fn persons_access(
+    kubeconfig: Option<&Path>,
+    context: Option<&str>,
+) -> Result<Config, ApiError> {
+    let wrong = |error: &dyn fmt::Display| match kubeconfig {
+        Some(path) => ApiError::Config(format!("kubeconfig {}: {error}", path.display())),
+        None => ApiError::Config(format!("kubeconfig: {error}")),
+    };
+    let file = match kubeconfig {
+        Some(path) => Kubeconfig::read_from(path),
+        None => Kubeconfig::read(),
+    };
+    let options =
+        KubeConfigOptions { context: context.map(Into::into), ..KubeConfigOptions::default() };
+    let file = file.map_err(|e| wrong(&e))?;
+    Config::from_custom_kubeconfig(file, &options).await.map_err(|e| wrong(&e))
+}
+
 /// Who a token belongs to, as the API server says.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct TokenUser {
     /// `system:serviceaccount:<namespace>:<name>`.
     pub username: String,
+    /// Tells users of one name apart.
+    pub uid: String,
+    /// Groups of the user.
+    pub groups: Vec<String>,
     /// Further claims, by name.
     pub extra: BTreeMap<String, Vec<String>>,
 }
@@ -97,6 +132,77 @@ impl TokenUser {
     pub fn service_account(&self) -> Option<(&str, &str)> {
         self.username.strip_prefix("system:serviceaccount:")?.split_once(':')
     }
+}
+
+/// Something that RBAC grants.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Right {
+    /// `list`.
+    pub verb: &'static str,
+    /// The API group; empty: the core's.
+    pub group: &'static str,
+    /// The plural.
+    pub resource: &'static str,
+    /// `token` of `serviceaccounts/token`; empty: the object itself.
+    pub subresource: &'static str,
+    /// Empty: of the whole cluster.
+    pub namespace: String,
+    /// Empty: of any name.
+    pub name: String,
+}
+
+impl Right {
+    /// Of the whole cluster.
+    pub fn of(verb: &'static str, group: &'static str, resource: &'static str) -> Self {
+        let (namespace, name) = (String::new(), String::new());
+        Self { verb, group, resource, subresource: "", namespace, name }
+    }
+
+    /// In a namespace.
+    pub fn within(self, namespace: &str) -> Self {
+        Self { namespace: namespace.into(), ..self }
+    }
+
+    /// Of one name.
+    pub fn named(self, name: &str) -> Self {
+        Self { name: name.into(), ..self }
+    }
+
+    fn attributes(&self) -> ResourceAttributes {
+        let given = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+        ResourceAttributes {
+            verb: given(self.verb),
+            group: Some(self.group.into()),
+            resource: given(self.resource),
+            subresource: given(self.subresource),
+            namespace: given(&self.namespace),
+            name: given(&self.name),
+            ..ResourceAttributes::default()
+        }
+    }
+}
+
+impl fmt::Display for Right {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.verb, self.resource)?;
+        if !self.subresource.is_empty() {
+            write!(f, "/{}", self.subresource)?;
+        }
+        if !self.group.is_empty() {
+            write!(f, ".{}", self.group)?;
+        }
+        match (&*self.namespace, &*self.name) {
+            ("", "") => Ok(()),
+            ("", name) => write!(f, " {name}"),
+            (namespace, "") => write!(f, " in {namespace}"),
+            (namespace, name) => write!(f, " {namespace}/{name}"),
+        }
+    }
+}
+
+/// A denial outweighs whatever else is said.
+fn allows(status: Option<SubjectAccessReviewStatus>) -> bool {
+    status.is_some_and(|status| status.allowed && status.denied != Some(true))
 }
 
 /// What became of a conditional write.
@@ -120,13 +226,25 @@ impl ApiServer {
     /// # Errors
     /// When neither can be read. Nothing is asked yet.
     pub async fn connect(kubeconfig: Option<&Path>) -> Result<Self, ApiError> {
-        let wrong = |error: &dyn fmt::Display| ApiError::Config(error.to_string());
-        let mut config = access(kubeconfig).await?;
+        Self::of(access(kubeconfig).await?)
+    }
+
+    /// A client of a server that is known already.
+    ///
+    /// # Errors
+    /// When the configuration cannot be used.
+    pub fn of(mut config: Config) -> Result<Self, ApiError> {
         config.connect_timeout = Some(TIMEOUT);
         config.read_timeout = Some(TIMEOUT);
         config.write_timeout = Some(TIMEOUT);
-        let client = Client::try_from(config).map_err(|e| wrong(&e))?;
+        let client =
+            Client::try_from(config).map_err(|error| ApiError::Config(error.to_string()))?;
         Ok(Self { client })
+    }
+
+    /// The client itself, for kinds that are read once.
+    pub fn client(&self) -> Client {
+        self.client.clone()
     }
 
     /// Whose token this is, for one audience; `None`: nobody's.
@@ -156,8 +274,62 @@ impl ApiServer {
         let user = status.user.unwrap_or_default();
         Ok(Some(TokenUser {
             username: user.username.unwrap_or_default(),
+            uid: user.uid.unwrap_or_default(),
+            groups: user.groups.unwrap_or_default(),
             extra: user.extra.unwrap_or_default().into_iter().collect(),
         }))
+    }
+
+    /// Whether a user has a right.
+    pub async fn may(&self, user: &TokenUser, right: &Right) -> Result<bool, ApiError> {
+        let given = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+        let review = SubjectAccessReview {
+            spec: SubjectAccessReviewSpec {
+                user: given(&user.username),
+                uid: given(&user.uid),
+                groups: Some(user.groups.clone()),
+                extra: Some(user.extra.clone()),
+                resource_attributes: Some(right.attributes()),
+                ..SubjectAccessReviewSpec::default()
+            },
+            ..SubjectAccessReview::default()
+        };
+        let api: Api<SubjectAccessReview> = Api::all(self.client.clone());
+        let what = "a SubjectAccessReview";
+        let review = within(what, api.create(&PostParams::default(), &review)).await?;
+        Ok(allows(review.status))
+    }
+
+    /// Whether this client has a right.
+    pub async fn may_i(&self, right: &Right) -> Result<bool, ApiError> {
+        let review = SelfSubjectAccessReview {
+            spec: SelfSubjectAccessReviewSpec {
+                resource_attributes: Some(right.attributes()),
+                ..SelfSubjectAccessReviewSpec::default()
+            },
+            ..SelfSubjectAccessReview::default()
+        };
+        let api: Api<SelfSubjectAccessReview> = Api::all(self.client.clone());
+        let what = "a SelfSubjectAccessReview";
+        let review = within(what, api.create(&PostParams::default(), &review)).await?;
+        Ok(allows(review.status))
+    }
+
+    /// The server's version: `v1.33.0`.
+    pub async fn version(&self) -> Result<String, ApiError> {
+        Ok(within("its version", self.client.apiserver_version()).await?.git_version)
+    }
+
+    /// Plurals of the kinds that the server has of a group's version; `None`: it has no such.
+    pub async fn kinds_of(&self, api_version: &str) -> Result<Option<BTreeSet<String>>, ApiError> {
+        let asked = async {
+            match self.client.list_api_group_resources(api_version).await {
+                Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
+                answer => answer.map(Some),
+            }
+        };
+        let found = within(&format!("the kinds of {api_version}"), asked).await?;
+        Ok(found.map(|list| list.resources.into_iter().map(|kind| kind.name).collect()))
     }
 
     /// A pod, as it is now.

@@ -210,9 +210,9 @@ impl EndpointArgs {
         let end = Instant::now() + Duration::from_secs(self.wait.into());
         loop {
             let answer = match sockets::connect_to(&self.socket, &remedies).await {
-                Ok(agent) => {
+                Ok(channel) => {
                     // An answer has no more than the SVIDs of one pod and some bundles.
-                    let client = SpiffeWorkloadApiClient::new(agent.channel)
+                    let client = SpiffeWorkloadApiClient::new(channel)
                         .max_decoding_message_size(16 * 1024 * 1024);
                     ask(client).await
                 }

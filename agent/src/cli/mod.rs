@@ -3,6 +3,7 @@
 mod agent;
 mod aggregate;
 mod authority;
+mod check;
 mod edges;
 mod endpoints;
 mod exit;
@@ -14,6 +15,7 @@ mod host;
 mod identities;
 mod policy;
 mod probe;
+mod remote;
 mod rollout;
 mod services;
 mod shell;
@@ -68,6 +70,8 @@ enum Command {
     Flows(Box<flows::FlowsArgs>),
     /// Show whether the agent does its work, and what keeps it from it.
     Status(status::StatusArgs),
+    /// Say whether this node, or a cluster, has what Signet needs, and what to do where not.
+    Check(check::CheckArgs),
     /// Ask whether the agent is ready or live: for the kubelet.
     Probe(probe::ProbeArgs),
     /// Show the pods of this node: mode, identity, policies, drops.
@@ -140,6 +144,7 @@ fn run(
             client(flows::run(*args, terms))
         }
         Command::Status(args) => client(status::run(args)),
+        Command::Check(args) => client(check::run(args)),
         Command::Probe(args) => client(probe::run(args)),
         Command::Endpoints(args) => client(endpoints::run(args)),
         Command::Identities(args) => client(identities::run(args)),

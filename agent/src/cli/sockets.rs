@@ -1,7 +1,7 @@
-//! Connections to agents over their admin sockets.
+//! Connections to agents: over their admin sockets, or ([`remote`]) through the API server.
 
 use std::{
-    io,
+    fmt, io,
     path::{Path, PathBuf},
     pin::pin,
     sync::{Arc, Mutex, PoisonError},
@@ -10,51 +10,101 @@ use std::{
 
 use futures_util::{StreamExt, stream};
 use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::UnixStream,
+};
 use tonic::{
-    Streaming,
+    Status, Streaming,
+    metadata::{Ascii, MetadataValue},
+    service::{Interceptor, interceptor::InterceptedService},
     transport::{Channel, Endpoint, Uri},
 };
 
-use super::exit::{Exit, Failure};
+use super::{
+    exit::{Exit, Failure},
+    remote,
+};
 
 /// An agent has so long to accept a connection and to answer a question.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
 
+/// The admin socket where nothing else is said.
+const DEFAULT_SOCKET: &str = "/run/signet/admin/agent.sock";
+
 /// Which agents are asked.
 #[derive(clap::Args, Clone, Debug)]
 pub struct SocketArgs {
-    /// Admin socket of an agent; give it several times to ask several agents.
+    /// Admin socket of an agent; give it several times to ask several agents [default:
+    /// /run/signet/admin/agent.sock, or where there is none but a kubeconfig, all nodes]
     #[arg(
         long = "socket",
         value_name = "path",
         env = "SIGNET_SOCKET",
         value_delimiter = ',',
-        default_value = "/run/signet/admin/agent.sock",
         global = false
     )]
-    pub sockets: Vec<PathBuf>,
+    sockets: Vec<PathBuf>,
+    #[command(flatten)]
+    cluster: remote::ClusterArgs,
+}
+
+impl SocketArgs {
+    /// Whether the agents of a cluster are asked, through its API server.
+    fn is_remote(&self) -> bool {
+        self.cluster.is_asked_for()
+            || (self.sockets.is_empty()
+                && !Path::new(DEFAULT_SOCKET).exists()
+                && self.cluster.has_kubeconfig())
+    }
 }
 
 /// A connected agent.
 #[derive(Clone, Debug)]
 pub struct Agent {
-    /// The socket's path, for messages.
+    /// Its socket's path or its node's name, for messages.
     pub socket: Arc<str>,
     /// The connection.
-    pub channel: Channel,
+    pub channel: InterceptedService<Channel, Credential>,
+}
+
+/// What each call to an agent carries, if it must say whose it is.
+#[derive(Clone, Default)]
+pub struct Credential(Option<MetadataValue<Ascii>>);
+
+impl Credential {
+    /// A bearer token; `None` when no header can hold it.
+    pub fn bearer(token: &str) -> Option<Self> {
+        let mut value = MetadataValue::try_from(format!("Bearer {token}")).ok()?;
+        value.set_sensitive(true);
+        Some(Self(Some(value)))
+    }
+}
+
+impl fmt::Debug for Credential {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Credential").field(&self.0.as_ref().map(|_| "…")).finish()
+    }
+}
+
+impl Interceptor for Credential {
+    fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, Status> {
+        if let Some(value) = &self.0 {
+            request.metadata_mut().insert("authorization", value.clone());
+        }
+        Ok(request)
+    }
 }
 
 /// Connects to one agent's admin socket.
 pub async fn connect(path: &Path) -> Result<Agent, Failure> {
-    connect_to(
-        path,
-        &Remedies {
-            denied: "the admin socket is for root only",
-            missing: "is the agent running, and is --socket right?",
-        },
-    )
-    .await
+    let remedies = Remedies {
+        denied: "the admin socket is for root only",
+        missing: "is the agent running, and is --socket right?",
+    };
+    let channel = connect_to(path, &remedies).await?;
+    let channel = InterceptedService::new(channel, Credential::default());
+    Ok(Agent { socket: path.display().to_string().into(), channel })
 }
 
 /// What to do about a socket that cannot be reached.
@@ -66,7 +116,7 @@ pub struct Remedies {
 }
 
 /// Connects to a socket.
-pub async fn connect_to(path: &Path, remedies: &Remedies) -> Result<Agent, Failure> {
+pub async fn connect_to(path: &Path, remedies: &Remedies) -> Result<Channel, Failure> {
     let socket: Arc<str> = path.display().to_string().into();
     let stream = match tokio::time::timeout(TIMEOUT, UnixStream::connect(path)).await {
         Ok(Ok(stream)) => stream,
@@ -76,7 +126,17 @@ pub async fn connect_to(path: &Path, remedies: &Remedies) -> Result<Agent, Failu
             return Err(unreachable(&socket, &error, remedies));
         }
     };
-    // The one connection is made already; tonic asks for it by a connector.
+    over(stream).await.map_err(|e| {
+        Failure::new(Exit::Unreachable, format!("{socket}: no agent answers there: {e}"))
+    })
+}
+
+/// A channel over a connection that is made already.
+pub async fn over<S>(stream: S) -> Result<Channel, tonic::transport::Error>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    // Tonic asks for it by a connector, once.
     let stream = Arc::new(Mutex::new(Some(stream)));
     let connector = tower::service_fn(move |_: Uri| {
         let taken = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -84,26 +144,25 @@ pub async fn connect_to(path: &Path, remedies: &Remedies) -> Result<Agent, Failu
             taken.map(TokioIo::new).ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))
         }
     });
-    let channel = Endpoint::from_static("http://signet.local")
-        .connect_with_connector(connector)
-        .await
-        .map_err(|e| {
-            Failure::new(Exit::Unreachable, format!("{socket}: no agent answers there: {e}"))
-        })?;
-    Ok(Agent { socket, channel })
+    Endpoint::from_static("http://signet.local").connect_with_connector(connector).await
 }
 
 /// Connects to all; those that cannot be reached are told on stderr. None at all is a failure.
 pub async fn connect_all(args: &SocketArgs) -> Result<(Vec<Agent>, bool), Failure> {
+    if args.is_remote() {
+        return remote::connect_all(&args.cluster).await;
+    }
+    let default = [PathBuf::from(DEFAULT_SOCKET)];
+    let sockets = if args.sockets.is_empty() { &default[..] } else { &args.sockets };
     let mut agents = Vec::new();
     let mut first_failure = None;
     let mut is_complete = true;
-    for path in &args.sockets {
+    for path in sockets {
         match connect(path).await {
             Ok(agent) => agents.push(agent),
             Err(failure) => {
                 is_complete = false;
-                if args.sockets.len() > 1 {
+                if sockets.len() > 1 {
                     anstream::eprintln!("warning: {failure}");
                 }
                 first_failure.get_or_insert(failure);
@@ -128,8 +187,8 @@ pub async fn ask_all<T>(
     agents: &[Agent],
     question: impl AsyncFn(&Agent) -> Result<T, Failure>,
 ) -> Result<(Vec<T>, bool), Failure> {
-    let asked = stream::iter(agents).map(|agent| question(agent)).buffered(AT_ONCE);
-    let mut asked = pin!(asked);
+    let asked: Vec<_> = agents.iter().map(|agent| question(agent)).collect();
+    let mut asked = pin!(stream::iter(asked).buffered(AT_ONCE));
     let (mut answers, mut is_complete) = (Vec::new(), true);
     while let Some(answer) = asked.next().await {
         match answer {

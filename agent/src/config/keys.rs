@@ -225,6 +225,16 @@ pub(super) fn listener(value: &str) -> Result<Option<SocketAddr>, String> {
     })
 }
 
+/// The same, on this machine only.
+fn loopback(value: &str) -> Result<Option<SocketAddr>, String> {
+    match listener(value)? {
+        Some(address) if !address.ip().is_loopback() => Err(format!(
+            "{address} is not a loopback address; write it like 127.0.0.1:4255, or off"
+        )),
+        listener => Ok(listener),
+    }
+}
+
 pub(super) fn shown_listener(listener: Option<SocketAddr>) -> String {
     listener.map_or_else(|| "off".into(), |address| address.to_string())
 }
@@ -458,6 +468,12 @@ keys! {
          200, or 503 with the reason."
         set(c, v) { c.ready_listen = listener(one(v)?)?; }
         get(c) vec![shown_listener(c.ready_listen)];
+    "viewerListen" Restart false "address:port|off"
+        "With the Kubernetes API: a loopback address where whatever changes nothing is served for \
+         signet's own command line, through the API server's port-forward and for tokens of the \
+         audience signet.dev/observer only."
+        set(c, v) { c.viewer_listen = loopback(one(v)?)?; }
+        get(c) vec![shown_listener(c.viewer_listen)];
     "cores" Restart false "number" "Data-plane threads; the default is one a core."
         set(c, v) { c.cores = Some(number(v, 1, 1024)?); }
         get(c) shown(c.cores.as_slice());

@@ -59,6 +59,8 @@ pub(super) struct Picture {
     /// Why pages are not served, if they are not, by the configuration's key.
     pub(super) pages: watch::Receiver<BTreeMap<&'static str, String>>,
     pub(super) istio: IstioMetrics,
+    /// Why nobody can look from outside, if so.
+    pub(super) viewers: watch::Receiver<Option<String>>,
     pub(super) pulse: Pulse,
     pub(super) succession: watch::Receiver<Succession>,
     pub(super) newest: Newest,
@@ -86,6 +88,8 @@ impl Picture {
             let message = format!("another agent serves the node until this one can: {why}");
             problems.push(Problem { subject: "hand-over".into(), message });
         }
+        let viewers = self.viewers.borrow().clone();
+        problems.extend(viewers.map(|message| Problem { subject: "viewers".into(), message }));
         let drops = match self.counters.drops() {
             Ok(drops) => drops.into_iter().map(|(key, count)| DropCount { key, count }).collect(),
             Err(error) => {

@@ -49,6 +49,31 @@ pub(super) fn ensure(path: &Path) -> Result<(), KernelError> {
     })
 }
 
+/// Where [`ensure`] would mount a bpffs for `path`; `None`: one is there. Changes nothing.
+///
+/// # Errors
+/// A path that cannot hold pins.
+pub(super) fn look(path: &Path) -> Result<Option<PathBuf>, KernelError> {
+    let wrong = |problem: String| KernelError::WrongBpffs { path: path.to_owned(), problem };
+    let existing = path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
+    if !existing.is_dir() {
+        return Err(wrong(format!("{} is not a directory", existing.display())));
+    }
+    if is_bpffs(existing)? {
+        return Ok(None);
+    }
+    if path.starts_with(CONVENTIONAL) && Path::new(CONVENTIONAL).is_dir() {
+        return Ok(Some(CONVENTIONAL.into()));
+    }
+    if existing == path {
+        let mut entries = fs::read_dir(path).map_err(|error| wrong(error.to_string()))?;
+        if entries.next().is_some() {
+            return Err(wrong("it is not on a bpffs and not empty".into()));
+        }
+    }
+    Ok(Some(path.to_owned()))
+}
+
 /// Where to mount: an empty directory, so that nothing of anybody's disappears.
 fn mount_point(path: &Path, existing: &Path) -> Result<PathBuf, KernelError> {
     if path.starts_with(CONVENTIONAL) && Path::new(CONVENTIONAL).is_dir() {
@@ -88,7 +113,12 @@ mod tests {
             let error = ensure(&path).expect_err("not a place for pins");
             assert!(matches!(error, KernelError::WrongBpffs { .. }), "{error}");
             assert!(error.to_string().contains("--bpffs"), "{error}");
+            let error = look(&path).expect_err("not a place for pins");
+            assert!(error.to_string().contains("--bpffs"), "{error}");
         }
+        let below = dir.path().join("new/pins");
+        assert_eq!(look(&below).unwrap(), Some(below.clone()));
+        assert!(!below.exists(), "looking makes nothing");
     }
 
     #[test]
@@ -98,8 +128,10 @@ mod tests {
         }
         let dir = tempfile::tempdir().unwrap();
         let point = dir.path().join("bpf");
+        assert_eq!(look(&point).unwrap(), Some(point.clone()));
         ensure(&point).unwrap();
         assert!(is_bpffs(&point).unwrap());
+        assert_eq!(look(&point.join("signet")).unwrap(), None);
         // A second time there is nothing to do, and a directory below is just made.
         ensure(&point.join("signet")).unwrap();
         assert!(is_bpffs(&point.join("signet")).unwrap());

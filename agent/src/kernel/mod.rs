@@ -13,6 +13,7 @@ pub mod maps;
 pub mod memory;
 mod pinned;
 mod pins;
+pub mod preflight;
 mod programs;
 #[cfg(test)]
 pub(crate) mod test_host;

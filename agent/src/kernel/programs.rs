@@ -41,7 +41,7 @@ const LOOKUP_PREFIX: &str = "lookup-";
 
 /// Where a program is attached.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Root {
+pub(super) enum Root {
     /// The pods' root: deciding hooks.
     Workloads,
     /// The node's root: recording only.
@@ -52,7 +52,7 @@ enum Root {
 
 /// (program, hook, where), in the order of a first attach: what records and answers comes
 /// before what redirects.
-const HOOKS: [(&str, u32, Root); 13] = [
+pub(super) const HOOKS: [(&str, u32, Root); 13] = [
     ("ops_agent", attach::CGROUP_SOCK_OPS, Root::Agent),
     ("ops_node", attach::CGROUP_SOCK_OPS, Root::Node),
     ("ops_workloads", attach::CGROUP_SOCK_OPS, Root::Workloads),
@@ -478,7 +478,7 @@ impl Programs {
 }
 
 /// Names programs by id for people: `program 12 (cil_sock4_connect)`.
-fn describe(ids: &[u32]) -> String {
+pub(super) fn describe(ids: &[u32]) -> String {
     let names: Vec<String> = ids
         .iter()
         .map(|id| {
@@ -508,7 +508,7 @@ pub fn check_permitted() -> Result<(), KernelError> {
 }
 
 /// The workloads root; `kubepods` also where the systemd driver calls it `kubepods.slice`.
-fn open_workloads(hierarchy: &Hierarchy, name: &Path) -> Result<Cgroup, KernelError> {
+pub(super) fn open_workloads(hierarchy: &Hierarchy, name: &Path) -> Result<Cgroup, KernelError> {
     let given = open_root(hierarchy, name, "--cgroup-root");
     if let Err(KernelError::NoCgroup { .. }) = given {
         let mut slice = name.as_os_str().to_owned();
@@ -521,7 +521,7 @@ fn open_workloads(hierarchy: &Hierarchy, name: &Path) -> Result<Cgroup, KernelEr
     given
 }
 
-fn open_root(
+pub(super) fn open_root(
     hierarchy: &Hierarchy,
     name: &Path,
     option: &'static str,

@@ -9,6 +9,7 @@ use axum::{
     http::{HeaderMap, Method, StatusCode, Uri, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
+    routing::get,
 };
 use serde_json::{Value, json};
 
@@ -17,16 +18,17 @@ use super::{
     access::{self, Attributes, User},
     admission::{Gate, Unknown},
     kinds::{KINDS, Kind},
-    openapi,
+    openapi, portforward,
     select::Selection,
     table,
     watch::{self, Wish},
 };
 
-type Params = HashMap<String, String>;
+pub(super) type Params = HashMap<String, String>;
 
 pub(super) fn router(shared: Arc<Shared>) -> Router {
     Router::new()
+        .route("/api/v1/namespaces/{namespace}/pods/{name}/portforward", get(portforward::answer))
         .fallback(answer)
         .layer(middleware::from_fn_with_state(shared.clone(), admit))
         .with_state(shared)

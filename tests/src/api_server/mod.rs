@@ -21,6 +21,7 @@ mod http;
 mod kinds;
 mod objects;
 mod openapi;
+mod portforward;
 mod rights;
 mod schema;
 mod select;
@@ -98,6 +99,8 @@ struct State {
     requests: BTreeMap<String, usize>,
     /// What RBAC was asked.
     asked: BTreeSet<Asked>,
+    /// Where nodes' loopback addresses are, for port-forwards.
+    networks: BTreeMap<String, PathBuf>,
     /// Requests of this method and resource wait for each other here.
     gathering: Option<(String, Arc<Barrier>)>,
 }
@@ -352,6 +355,11 @@ impl ApiServer {
         let path = self.directory.path().join(format!("kubeconfig-{name}"));
         self.write_kubeconfig(&path, address, token.unwrap_or(&self.shared.client_token))?;
         Ok(path)
+    }
+
+    /// Port-forwards to pods of a node lead to the loopback address of this network namespace.
+    pub fn forward_to(&self, node: &str, namespace: &Path) {
+        self.shared.state().networks.insert(node.into(), namespace.into());
     }
 
     /// A directory that lives as long as the server, for files of a test.

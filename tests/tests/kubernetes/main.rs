@@ -1,13 +1,16 @@
 //! The Kubernetes API as the source of Worlds, against the test API server: what it makes of
-//! lists, changes and faults. No agent, no eBPF and no privileges take part.
+//! lists, changes and faults; and who may look at agents through it. No agent and no eBPF take
+//! part; [`viewers`] makes network namespaces, which needs root.
 
 mod admission;
 mod board;
+mod check;
 mod events;
 mod faults;
 mod following;
 mod kubectl;
 mod rights;
+mod viewers;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 

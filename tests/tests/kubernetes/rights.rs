@@ -5,9 +5,12 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
-use signet::cluster::{
-    enrolment::EnrolmentBoard as _,
-    source::{ClusterSource as _, WatchState},
+use signet::{
+    cluster::{
+        enrolment::EnrolmentBoard as _,
+        source::{ClusterSource as _, WatchState},
+    },
+    viewer::callers::{AUDIENCE, Callers},
 };
 use signet_lab::api_server::{ApiServer, Right};
 
@@ -49,6 +52,10 @@ fn told(api: &ApiServer) -> u64 {
 /// What an agent does not get done. Everything is waited for until it is done, or refused.
 async fn losses(api: &Arc<ApiServer>) -> Result<Vec<String>> {
     let mut followed = followed(api)?;
+    let kubeconfig = api.account_kubeconfig(SYSTEM, ACCOUNT, Some(POD))?;
+    let reviewer = signet::api_server::ApiServer::connect(Some(&kubeconfig)).await?;
+    let callers = Callers::new(reviewer);
+    let viewer = api.token(SYSTEM, "signet-viewer", AUDIENCE, None, TIMEOUT * 10)?;
     let served = BTreeMap::from([("u-1".into(), "shop/web".into())]);
     let deadline = tokio::time::Instant::now() + TIMEOUT;
     let refused = |verb: &str, resource: &str| {
@@ -95,6 +102,10 @@ async fn losses(api: &Arc<ApiServer>) -> Result<Vec<String>> {
                 }
             }
             _ => {}
+        }
+        // Who looks from outside, and may, is let in.
+        if let Err(error) = callers.check(&viewer).await {
+            lost.push(error.to_string());
         }
         // A loss stays one: nobody gives the right back.
         if waits.is_empty() || !lost.is_empty() {

@@ -1,5 +1,7 @@
 //! What is watched.
 
+use crate::api_server::Right;
+
 /// A kind of objects that is watched by itself.
 #[derive(Clone, Debug)]
 pub(super) struct Kind {
@@ -127,6 +129,30 @@ pub(super) fn all(node: &str, namespace: &str) -> Vec<Kind> {
         config_map("ConfigMap signet-enforcement", ENFORCEMENT, Nothing, Content::Enforcement),
         config_map("ConfigMap signet-federation", FEDERATION, Everything, Content::Federation),
     ]
+}
+
+/// Every right that an agent needs for its watches, its NodeEnrolment and its events, each with
+/// whether the kind may be absent.
+pub(super) fn rights(node: &str, namespace: &str) -> Vec<(Right, bool)> {
+    let mut rights = Vec::new();
+    for kind in all(node, namespace) {
+        for verb in ["list", "watch"] {
+            let mut right = Right::of(verb, kind.group, kind.plural);
+            if let Some(namespace) = &kind.namespace {
+                let name = kind.fields.as_deref().and_then(|f| f.strip_prefix("metadata.name="));
+                right = right.within(namespace).named(name.unwrap_or_default());
+            }
+            let is_optional = kind.is_optional() && kind.group != "signet.dev";
+            if !rights.iter().any(|(known, _)| *known == right) {
+                rights.push((right, is_optional));
+            }
+        }
+    }
+    for verb in ["create", "patch"] {
+        rights.push((Right::of(verb, "signet.dev", "nodeenrolments"), false));
+        rights.push((Right::of(verb, "events.k8s.io", "events"), false));
+    }
+    rights
 }
 
 #[cfg(test)]

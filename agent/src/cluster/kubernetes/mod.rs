@@ -40,7 +40,7 @@ use super::{
     model::World,
     source::{ClusterSource, SourceParams, WatchFacts},
 };
-use crate::api_server::{ApiError, access};
+use crate::api_server::{ApiError, Right, access};
 
 /// How long a server may end a watch at the latest by default; kube's own default, below the
 /// 295 s that it allows.
@@ -50,6 +50,11 @@ pub const WATCH_TIMEOUT: Duration = Duration::from_secs(290);
 const SILENCE: Duration = Duration::from_secs(60);
 /// A kind that the server does not know is asked for again this often.
 const ABSENT_RETRY: Duration = Duration::from_secs(30);
+
+/// Every right that an agent of this node needs, each with whether the kind may be absent.
+pub fn rights(node: &str, namespace: &str) -> Vec<(Right, bool)> {
+    kinds::rights(node, namespace)
+}
 
 /// How to follow the API server.
 #[derive(Clone, Debug)]

@@ -210,6 +210,20 @@ impl RemoteIssuer {
         })
     }
 
+    /// Asks once whether the authority is there and takes this agent's token; changes nothing.
+    ///
+    /// # Errors
+    /// Why not. An authority of Istio's CA API alone is there, too.
+    pub async fn reach(&self) -> Result<(), RemoteError> {
+        let mut client = self.own_api().await?;
+        let request = self.request(GetBundleRequest {}).await?;
+        match client.get_bundle(request).await {
+            Ok(_) => Ok(()),
+            Err(status) if status.code() == Code::Unimplemented => Ok(()),
+            Err(status) => Err(self.refused(&status)),
+        }
+    }
+
     /// Follows the authority's bundle and reports it, until `stop`.
     pub async fn follow(self: Arc<Self>, stop: CancellationToken) {
         let mut failures = 0u32;
