@@ -6,6 +6,7 @@
 //! "until told" ends when its standard input closes; a server reports when it reads `report`.
 
 mod bulk;
+mod connect_flood;
 mod dial;
 mod echo;
 mod first_moment;
@@ -65,6 +66,8 @@ pub enum Role {
     UdpClient(UdpClient),
     /// Sends a datagram to each of many ports, and counts those that were refused.
     UdpFlood(UdpFlood),
+    /// Begins connections as fast as it can, and counts how each is answered at connect.
+    ConnectFlood(ConnectFlood),
     /// Dials from its first microsecond on.
     FirstMoment(FirstMoment),
     /// Sends packets with a forged source address through a raw socket.
@@ -117,6 +120,7 @@ impl Role {
             Self::UdpServer(_) => "udp-server",
             Self::UdpFlood(_) => "udp-flood",
             Self::UdpClient(_) => "udp-client",
+            Self::ConnectFlood(_) => "connect-flood",
             Self::FirstMoment(_) => "first-moment",
             Self::Spoof(_) => "spoof",
             Self::ServiceProxy(_) => "service-proxy",
@@ -146,6 +150,7 @@ impl Role {
             Self::UdpServer(role) => udp::serve(&role),
             Self::UdpFlood(role) => udp::flood(&role),
             Self::UdpClient(role) => udp::send(&role),
+            Self::ConnectFlood(role) => connect_flood::play(&role),
             Self::FirstMoment(role) => first_moment::play(&role),
             Self::Spoof(role) => spoof::play(&role),
             Self::ServiceProxy(role) => service_proxy::play(&role),

@@ -197,6 +197,16 @@ pub struct UdpReport {
     pub changes: Vec<Change>,
 }
 
+/// Connections begun as fast as possible.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ConnectFloodReport {
+    /// `connect:…`, or `begun` → how often.
+    pub outcomes: BTreeMap<String, u64>,
+    /// How long it went on, in milliseconds.
+    pub took_ms: u64,
+}
+
 /// Attempts from a process's first moment on.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

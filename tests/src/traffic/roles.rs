@@ -320,6 +320,24 @@ impl Default for UdpFlood {
     }
 }
 
+/// See [`super::Role::ConnectFlood`].
+#[derive(Clone, Debug, Serialize, Deserialize, clap::Args)]
+#[serde(default, rename_all = "camelCase")]
+pub struct ConnectFlood {
+    /// Where to.
+    #[arg(long)]
+    pub to: SocketAddr,
+    /// For so long.
+    #[arg(long, default_value_t = 1000)]
+    pub for_ms: u64,
+}
+
+impl Default for ConnectFlood {
+    fn default() -> Self {
+        Self { to: nowhere(), for_ms: 1000 }
+    }
+}
+
 /// See [`super::Role::FirstMoment`].
 #[derive(Clone, Debug, Serialize, Deserialize, clap::Args)]
 #[serde(default, rename_all = "camelCase")]

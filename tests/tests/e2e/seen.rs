@@ -5,11 +5,17 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io::{BufRead, BufReader},
     process::{Child, Command, Stdio},
+    time::Duration,
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
-use signet_lab::{eventually, process::signet_binary};
+use serde_json::{Value, json};
+use signet_lab::{
+    eventually,
+    metrics::Metrics,
+    process::signet_binary,
+    traffic::{Role, reports::ConnectFloodReport, roles::ConnectFlood},
+};
 
 use crate::mesh::{Mesh, TCP, TIMEOUT, answered_soon, refused, refused_soon, with_logs};
 
@@ -121,6 +127,74 @@ fn a_denial_is_told_the_same_way_everywhere() -> Result<()> {
                 && edge["via"] == "mtls"
         });
         ensure!(forwarded, "{graph}");
+        Ok(())
+    })
+}
+
+/// Resident memory of a process, in KiB (proc_pid_status(5)).
+fn resident(pid: u32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
+}
+
+#[test]
+fn one_denial_is_found_in_another_pods_flood() -> Result<()> {
+    let mesh = Mesh::start(Some("strict"))?;
+    with_logs(&mesh, |mesh| {
+        let Mesh { lab, frontend, intruder, payments, .. } = mesh;
+        let to = payments.at(TCP);
+        // Refused at connect, so that as many come as the pod can make.
+        let nobody = json!({
+            "apiVersion": "signet.dev/v1alpha1", "kind": "IdentityPolicy",
+            "metadata": {"name": "no-way-out", "namespace": "shop"},
+            "spec": {
+                "selector": {"matchExpressions": []}, "action": "Deny",
+                "egress": [{"to": [{"serviceAccounts": ["payments"]}]}],
+            },
+        });
+        answered_soon(frontend, to)?;
+        lab.cluster().apply(nobody)?;
+        refused_soon(intruder, to)?;
+        refused_soon(frontend, to)?;
+        let agent = lab.agent("node-1")?;
+        let (before, memory) = (agent.metrics()?, resident(agent.pid()?)?);
+        let of_frontend = ["--from-pod", "shop/frontend", "--verdict", "dropped"];
+        let known = agent.flows(&of_frontend)?.len();
+
+        let flood = Role::ConnectFlood(ConnectFlood { to, for_ms: 6_000 });
+        let mut flooding = intruder.start(&flood)?;
+        std::thread::sleep(Duration::from_secs(3));
+        let report = refused(frontend, to, "one of two")?;
+        ensure!(report.outcome == "connect:EPERM", "{report:?}");
+        eventually("the one denial is found", TIMEOUT, || {
+            Ok((agent.flows(&of_frontend)?.len() == known + 1).then_some(()))
+        })?;
+        let during = resident(agent.pid()?)?;
+        let report: ConnectFloodReport =
+            serde_json::from_value(flooding.wait_event("report", TIMEOUT)?)?;
+        flooding.finish();
+        let made = report.outcomes.get("connect:EPERM").copied().unwrap_or(0);
+        ensure!(report.outcomes.len() == 1, "{report:?}");
+        let rate = made * 1000 / report.took_ms.max(1);
+        println!("{made} denials, {rate} a second; memory {memory} KiB, then {during} KiB");
+        ensure!(rate > 20_000, "{report:?}: no flood");
+
+        // None is uncounted, and what was not told is said to be missing.
+        let denied = [("reason", "policy_deny")];
+        let after = eventually("the kernel's count is exact", TIMEOUT, || {
+            let after = agent.metrics()?;
+            let count = |m: &Metrics| m.sum("kernel_drops_total", &denied);
+            Ok((count(&after) - count(&before) == (made + 1) as f64).then_some(after))
+        })?;
+        let told = after.sum("drops_total", &denied) - before.sum("drops_total", &denied);
+        let lost = |m: &Metrics| m.sum("lost_events_total", &[]);
+        let missing = lost(&after) - lost(&before);
+        ensure!(told + missing == (made + 1) as f64, "{told} told, {missing} lost, {made} made");
+        ensure!(missing > 0.0, "{told} told");
+        let shown = agent.cli(&["flows", "--last", "1"])?;
+        ensure!(shown.stderr.contains("node-1 lost"), "{}", shown.stderr);
+        ensure!(during < memory + 30 * 1024, "{memory} KiB, then {during} KiB");
         Ok(())
     })
 }
