@@ -298,8 +298,9 @@ pub fn tail_of(log: &Path, lines: usize) -> String {
     all[from..].iter().map(|l| format!("  | {l}\n")).collect()
 }
 
-/// The lab's own variables are none of the agent's, which refuses unknown ones.
-pub(crate) fn without_own_variables(command: &mut Command) {
+/// Takes the lab's own variables from what a command will inherit: they are none of the agent's,
+/// which refuses unknown ones.
+pub fn without_own_variables(command: &mut Command) {
     for (key, _) in std::env::vars_os() {
         let name = key.to_string_lossy();
         if name.starts_with("SIGNET_") && name != "SIGNET_MASK_FEATURES" {

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use signet_lab::{
     api_server::{ApiServer, Right},
-    process::signet_binary,
+    process::{signet_binary, without_own_variables},
 };
 
 const SYSTEM: &str = "signet-system";
@@ -29,6 +29,7 @@ fn whole() -> Result<ApiServer> {
 /// The exit code, and the findings that are not `ok`, as `area check state: detail -> remedy`.
 async fn check(arguments: &[&str], kubeconfig: &Path) -> Result<(Option<i32>, Vec<String>)> {
     let mut command = Command::new(signet_binary()?);
+    without_own_variables(&mut command);
     command.arg("check").args(arguments).args(["-o", "json"]).env("SIGNET_NODE", "node-1");
     command.env("SIGNET_KUBECONFIG", kubeconfig).env("KUBECONFIG", kubeconfig);
     command.env("SIGNET_NAMESPACE", SYSTEM);
