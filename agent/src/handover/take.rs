@@ -83,9 +83,14 @@ impl Taken {
 pub async fn is_served(socket: &Path, own: &Hello) -> Result<bool, TakeError> {
     let Some(mut channel) = Channel::connect(socket).await? else { return Ok(false) };
     let answer = async {
-        channel.send(&Message::Hello(own.clone()), &[]).await?;
-        channel.send(&Message::Ask, &[]).await?;
-        channel.receive().await
+        // Who refuses closes at once, maybe before the question: the refusal is there to be read.
+        let mut asked = Ok(());
+        for message in [Message::Hello(own.clone()), Message::Ask] {
+            if asked.is_ok() {
+                asked = channel.send(&message, &[]).await;
+            }
+        }
+        channel.receive().await.map_err(|error| asked.err().unwrap_or(error))
     };
     match tokio::time::timeout(FIRST_ANSWER, answer).await {
         Ok(Ok((Message::Refused(why), _))) => Err(TakeError::Refused(why)),
@@ -215,4 +220,45 @@ fn given(endpoint: &Endpoint, descriptors: Vec<OwnedFd>) -> Result<Given, TakeEr
     let listeners =
         sockets::Listeners { outbound, inbound_v4, inbound_v6, ports: listeners.ports() };
     Ok(Given { standing, listeners: Some(listeners) })
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::UnixListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_refusal_is_heard_though_its_connection_is_closed_at_once() {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: the other end must be root's");
+            return;
+        }
+        let own = Hello {
+            node: "node-1".into(),
+            instance: "other".into(),
+            bpffs: "/sys/fs/bpf".into(),
+            cgroup_root: "/kubepods".into(),
+            version: "0".into(),
+            abi: 1,
+        };
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("handover.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        tokio::spawn(async move {
+            // Nothing is read: what is said to a closed connection fails.
+            while let Ok((stream, _)) = listener.accept().await {
+                let mut channel = Channel::of(stream).unwrap();
+                channel.send(&Message::refusal("not yours"), &[]).await.unwrap();
+            }
+        });
+        for _ in 0..50 {
+            match is_served(&socket, &own).await {
+                Err(TakeError::Refused(why)) => assert_eq!(why, "not yours"),
+                other => panic!("{other:?}"),
+            }
+        }
+        // The control: nobody there is no refusal.
+        assert!(!is_served(&directory.path().join("none.sock"), &own).await.unwrap());
+    }
 }
