@@ -149,8 +149,7 @@ fn one_denial_is_found_in_another_pods_flood() -> Result<()> {
             "apiVersion": "signet.dev/v1alpha1", "kind": "IdentityPolicy",
             "metadata": {"name": "no-way-out", "namespace": "shop"},
             "spec": {
-                "selector": {"matchExpressions": []}, "action": "Deny",
-                "egress": [{"to": [{"serviceAccounts": ["payments"]}]}],
+                "action": "Deny", "egress": [{"to": [{"serviceAccounts": ["payments"]}]}],
             },
         });
         answered_soon(frontend, to)?;
