@@ -157,7 +157,15 @@ fn one_denial_is_found_in_another_pods_flood() -> Result<()> {
         refused_soon(intruder, to)?;
         refused_soon(frontend, to)?;
         let agent = lab.agent("node-1")?;
-        let (before, memory) = (agent.metrics()?, resident(agent.pid()?)?);
+        let denied = [("reason", "policy_deny")];
+        let lost = |m: &Metrics| m.sum("lost_events_total", &[]);
+        // What the kernel has counted is told a moment later.
+        let before = eventually("what was denied so far is told", TIMEOUT, || {
+            let now = agent.metrics()?;
+            let told = now.sum("drops_total", &denied) + lost(&now);
+            Ok((told == now.sum("kernel_drops_total", &denied)).then_some(now))
+        })?;
+        let memory = resident(agent.pid()?)?;
         let of_frontend = ["--from-pod", "shop/frontend", "--verdict", "dropped"];
         let known = agent.flows(&of_frontend)?.len();
 
@@ -180,16 +188,16 @@ fn one_denial_is_found_in_another_pods_flood() -> Result<()> {
         ensure!(rate > 20_000, "{report:?}: no flood");
 
         // None is uncounted, and what was not told is said to be missing.
-        let denied = [("reason", "policy_deny")];
-        let after = eventually("the kernel's count is exact", TIMEOUT, || {
+        let all = (made + 1) as f64;
+        let (told, missing) = eventually("every denial is told or missing", TIMEOUT, || {
             let after = agent.metrics()?;
-            let count = |m: &Metrics| m.sum("kernel_drops_total", &denied);
-            Ok((count(&after) - count(&before) == (made + 1) as f64).then_some(after))
+            let grown = |name| after.sum(name, &denied) - before.sum(name, &denied);
+            let (told, missing) = (grown("drops_total"), lost(&after) - lost(&before));
+            if grown("kernel_drops_total") == all && told + missing == all {
+                return Ok(Some((told, missing)));
+            }
+            bail!("{told} told, {missing} lost, {all} made; {}", grown("kernel_drops_total"))
         })?;
-        let told = after.sum("drops_total", &denied) - before.sum("drops_total", &denied);
-        let lost = |m: &Metrics| m.sum("lost_events_total", &[]);
-        let missing = lost(&after) - lost(&before);
-        ensure!(told + missing == (made + 1) as f64, "{told} told, {missing} lost, {made} made");
         ensure!(missing > 0.0, "{told} told");
         let shown = agent.cli(&["flows", "--last", "1"])?;
         ensure!(shown.stderr.contains("node-1 lost"), "{}", shown.stderr);
