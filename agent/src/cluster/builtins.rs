@@ -104,21 +104,30 @@ impl Builtins {
     }
 }
 
-/// What is behind the Services' ports that the API server calls, each with who says so.
+/// What is behind the Services' ports that the API server calls, each with who says so: pods of
+/// the Service's own namespace. Whoever may write EndpointSlices there can put any address behind
+/// it, and must not open another namespace's pods by that.
 pub fn called_endpoints(world: &World) -> impl Iterator<Item = (&BTreeSet<Arc<str>>, &Endpoint)> {
     world.called.iter().flat_map(|((name, number), who)| {
         let service = world.services.get(name);
         let ports = service.into_iter().flat_map(|service| &service.ports);
         let meant = ports.filter(|port| port.port == *number && port.protocol == proto::TCP);
-        meant.flat_map(|port| &port.endpoints).map(move |endpoint| (who, endpoint))
+        let is_own = |endpoint: &&Endpoint| {
+            world.pod_at(endpoint.ip).is_some_and(|pod| pod.name.namespace == name.namespace)
+        };
+        meant.flat_map(|port| &port.endpoints).filter(is_own).map(move |endpoint| (who, endpoint))
     })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use signet_ebpf::abi::Mode;
+
     use super::*;
     use crate::{
-        cluster::model::{Service, ServicePort},
+        cluster::model::{ModeOrigin, Pod, PodUid, Service, ServicePort},
         policy::model::Rule,
         spiffe::TrustDomain,
     };
@@ -149,6 +158,33 @@ mod tests {
         world
     }
 
+    /// A pod of a namespace at an address, which nobody else has any more.
+    fn put(world: &mut World, namespace: &str, ip: IpAddr) {
+        let uid: PodUid = namespace.into();
+        let pod = Pod {
+            uid: uid.clone(),
+            name: ObjectName { namespace: namespace.into(), name: "pod".into() },
+            service_account: "default".into(),
+            node: None,
+            ips: vec![ip],
+            labels: Arc::default(),
+            workload: None,
+            host_network: false,
+            finished: false,
+            terminating: false,
+            alive: true,
+            mirror: false,
+            named_ports: BTreeMap::new(),
+            mode: Mode::Strict,
+            mode_origin: ModeOrigin::Namespace,
+            exempt_ports: Arc::default(),
+            strict_ports: None,
+            unenforceable: None,
+        };
+        world.pods.insert(uid.clone(), Arc::new(pod));
+        world.pods_by_ip.insert(ip, uid);
+    }
+
     fn reached(policy: &Policy) -> Vec<String> {
         let targets = policy.egress.iter().flat_map(Rule::all_peers).flat_map(|p| &p.targets);
         targets.map(|t| format!("{}:{}/{}", t.ip, t.port, t.protocol)).collect()
@@ -167,6 +203,11 @@ mod tests {
             Arc::new([((hook, 9153), who.clone()), ((gone, 443), who)].into_iter().collect());
         let mut builtins = Builtins::default();
         let ip: IpAddr = "10.0.0.3".parse().unwrap();
+        // Nobody's address, and a pod of another namespace that somebody put behind the Service.
+        assert!(builtins.called(&world).is_empty());
+        put(&mut world, "bank", ip);
+        assert!(builtins.called(&world).is_empty());
+        put(&mut world, "shop", ip);
         let called = builtins.called(&world);
         assert_eq!(called.len(), 1);
         assert_eq!(called[&ip], [ExemptPort { port: 9153, protocol: 6 }]);
