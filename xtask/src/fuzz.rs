@@ -5,7 +5,7 @@
 
 use std::{
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
     time::Instant,
 };
@@ -131,6 +131,7 @@ fn fuzz(workspace: &Workspace, names: &[String], seconds: u64) -> anyhow::Result
         ));
     }
     let this = std::env::current_exe().context("where is this program?")?;
+    let this = replaced(&this);
     let mut build = workspace.cargo();
     // The whole workspace's features, so that no dependency is built once more.
     build.args(["build", "--workspace", "--bin", "signet-fuzz"]);
@@ -140,6 +141,16 @@ fn fuzz(workspace: &Workspace, names: &[String], seconds: u64) -> anyhow::Result
     let target = workspace.root.join("target");
     let (program, directory) = (target.join("debug/signet-fuzz"), target.join("fuzz"));
     names.iter().map(|name| one(&program, &directory, name, seconds)).collect()
+}
+
+/// The program's path though its file was replaced while it ran: a build of the whole workspace
+/// may link this program anew, and Linux then says ` (deleted)` of the old one's path
+/// (proc_pid_exe(5)). What lies there now is built from the same source.
+fn replaced(program: &Path) -> PathBuf {
+    match program.to_str().and_then(|path| path.strip_suffix(" (deleted)")) {
+        Some(path) => PathBuf::from(path),
+        None => program.to_path_buf(),
+    }
 }
 
 fn one(program: &Path, directory: &Path, name: &str, seconds: u64) -> anyhow::Result<Fuzzed> {
@@ -203,6 +214,13 @@ mod tests {
         let names = targets(&Workspace::find().unwrap()).unwrap();
         assert!(names.contains(&"spiffe-id".to_owned()), "{names:?}");
         assert!(names.len() > 10, "{names:?}");
+    }
+
+    #[test]
+    fn a_program_linked_anew_while_it_runs_is_found() {
+        let path = Path::new("/target/debug/xtask");
+        assert_eq!(replaced(Path::new("/target/debug/xtask (deleted)")), path);
+        assert_eq!(replaced(path), path);
     }
 
     #[test]

@@ -162,29 +162,36 @@ pub fn run(workspace: &Workspace, selection: &Selection) -> anyhow::Result<()> {
         }
     }
     if selection.filter.is_none() && !selection.unit && (selection.soak || !selection.e2e) {
-        parts.push(fuzzed(workspace, selection.soak)?);
+        parts.push(fuzzed(workspace, selection.soak));
     }
     conclude(&parts, selection.filter.as_deref())
 }
 
-/// Every fuzz target counts as a test: all of them, or the one of policies.
-fn fuzzed(workspace: &Workspace, all: bool) -> anyhow::Result<Part> {
+/// Every fuzz target counts as a test: all of them, or the one of policies. What keeps them
+/// from running is a failure beside the others', so that what ran before is still told.
+fn fuzzed(workspace: &Workspace, all: bool) -> Part {
     eprintln!("test: fuzz targets");
     let start = Instant::now();
     let results = if all {
-        fuzz::all(workspace, FUZZ_SECONDS)?
+        fuzz::all(workspace, FUZZ_SECONDS)
     } else {
-        fuzz::some(workspace, &[POLICY_TARGET], FUZZ_SECONDS)?
+        fuzz::some(workspace, &[POLICY_TARGET], FUZZ_SECONDS)
     };
+    let mut failures = Failures::default();
+    let results = results.unwrap_or_else(|error| {
+        let lines = vec![format!("{error:#}")];
+        failures.tests.push(FailedTest { name: "fuzz".to_owned(), lines });
+        Vec::new()
+    });
     let passed = results.iter().filter(|result| result.ok).count() as u64;
-    let failed = results.len() as u64 - passed;
-    Ok(Part {
+    let failed = (results.len() + failures.tests.len()) as u64 - passed;
+    Part {
         name: "fuzz targets".to_owned(),
         count: Count { passed, failed, ignored: 0 },
-        failures: Failures::default(),
+        failures,
         ok: failed == 0,
         took: start.elapsed(),
-    })
+    }
 }
 
 fn unit(workspace: &Workspace, selection: &Selection) -> anyhow::Result<Part> {
