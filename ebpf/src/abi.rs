@@ -257,6 +257,9 @@ pub mod service {
     pub const TUNNEL: u32 = 1;
     /// No endpoint is ready.
     pub const NO_ENDPOINTS: u32 = 1 << 1;
+    /// The "port" (with protocol 0) of the row that marks a Service's external address: on ports
+    /// without a row it is no Service's, but what is out there.
+    pub const EXTERNAL: u16 = 0;
 }
 
 /// Kinds of address ranges (values of the ranges LPM).

@@ -239,7 +239,11 @@ fn service_at<M: PolicyMaps>(maps: &M, flow: &Flow, peer: &AddressEntry) -> u32 
     }
     match maps.service(flow.remote, flow.remote_port, flow.protocol) {
         Some(flags) => flags & !NO_SUCH_PORT,
-        None => NO_SUCH_PORT,
+        // An external address is a Service's only on its ports.
+        None => match maps.service(flow.remote, service::EXTERNAL, 0) {
+            Some(_) => 0,
+            None => NO_SUCH_PORT,
+        },
     }
 }
 
@@ -315,7 +319,8 @@ pub fn decide_egress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
         return conclude(entry, config, identity, Reason::MapFull, ECONNREFUSED, NO_POLICY);
     }
     if nested && strict {
-        return conclude(entry, config, identity, Reason::PodUnregistered, EPERM, NO_POLICY);
+        // It may be the pod's next sandbox, which is registered in a moment: programs retry this.
+        return conclude(entry, config, identity, Reason::PodUnregistered, ECONNREFUSED, NO_POLICY);
     }
     if flow.protocol != proto::TCP && flow.protocol != proto::UDP {
         return other_protocol(entry, config, identity, EPERM);

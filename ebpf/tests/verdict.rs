@@ -220,6 +220,13 @@ fn services_follow_their_endpoints() {
     maps.services.insert((vip, 8080, proto::TCP), 0);
     passes(dial(&maps, vip));
 
+    // An address outside that a Service claims is what is out there on all other ports.
+    let other = flow(vip, 9999, proto::TCP);
+    refused(decide_egress(&maps, &other), Reason::PeerUnreachable, ECONNREFUSED);
+    maps.services.insert((vip, service::EXTERNAL, 0), 0);
+    passes(decide_egress(&maps, &other));
+    maps.services.remove(&(vip, service::EXTERNAL, 0));
+
     // A denial of whatever the address is not waits until an endpoint is chosen, but only
     // where a proxy will choose it.
     rule(&mut maps, Direction::Egress, known::ADDRESS, proto::TCP, Reason::PolicyDeny);
@@ -397,7 +404,8 @@ fn unknown_pods_are_refused_while_the_agent_lives_and_enforces() {
 #[test]
 fn a_new_network_namespace_inside_a_pod_is_never_its_tunnel() {
     let inside = Flow { netns: 77, ..flow(PEER(), 8080, proto::TCP) };
-    refused(decide_egress(&world(Mode::Strict), &inside), Reason::PodUnregistered, EPERM);
+    let strict = decide_egress(&world(Mode::Strict), &inside);
+    refused(strict, Reason::PodUnregistered, ECONNREFUSED);
     passes(decide_egress(&world(Mode::Permissive), &inside));
 }
 

@@ -37,7 +37,12 @@ fn known(world: &World, service: &Service) -> KnownService {
     KnownService {
         namespace: service.name.namespace.to_string(),
         service: service.name.name.to_string(),
-        addresses: service.cluster_ips.iter().map(ToString::to_string).collect(),
+        addresses: service
+            .cluster_ips
+            .iter()
+            .chain(&service.external_ips)
+            .map(ToString::to_string)
+            .collect(),
         ports: service
             .ports
             .iter()

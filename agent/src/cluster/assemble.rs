@@ -13,7 +13,7 @@ use super::{
         ServicePort, Synced, World,
     },
     modes::{LabelMemory, check_namespace, check_pod, mode_name},
-    objects::{Objects, PodFacts, ServiceFacts, SliceFacts},
+    objects::{EndpointFacts, Objects, PodFacts, ServiceFacts, SliceFacts},
     plaintext::Plaintext,
 };
 use crate::{
@@ -89,11 +89,19 @@ impl Assembler {
         );
         let pods = pods.into_iter().map(|(uid, pod)| (uid, Arc::new(pod))).collect();
         let served = served(around.announced, &pods, &mut problems);
-        let services = services(objects);
+        let pods_by_ip = pods_by_ip(&objects.pods);
+        let ranges = ranges(around.ranges, objects);
+        let services = services(objects, &pods_by_ip, &ranges);
         let services_by_ip = services
             .values()
             .flat_map(|s| s.cluster_ips.iter().map(|ip| (*ip, s.name.clone())))
             .collect();
+        let mut services_by_external_ip: HashMap<_, Vec<_>> = HashMap::new();
+        for service in services.values() {
+            for ip in &service.external_ips {
+                services_by_external_ip.entry(*ip).or_default().push(service.name.clone());
+            }
+        }
         let mut policies: Vec<_> =
             around.policies.into_iter().map(|policy| with_targets(policy, &services)).collect();
         policies.sort_by(|a, b| a.name.cmp(&b.name));
@@ -108,22 +116,28 @@ impl Assembler {
                 .into_iter()
                 .map(|(name, (namespace, _)): (_, (Namespace, _))| (name, namespace))
                 .collect(),
-            pods_by_ip: pods_by_ip(&objects.pods),
+            pods_by_ip,
             pods,
             services,
             services_by_ip,
+            services_by_external_ip,
             service_accounts: objects.service_accounts.iter().cloned().collect(),
             nodes: objects
                 .nodes
                 .iter()
                 .map(|node| (node.name.clone(), node.addresses.clone()))
                 .collect(),
+            zones: objects
+                .nodes
+                .iter()
+                .filter_map(|node| Some((node.name.clone(), node.zone.clone()?)))
+                .collect(),
             policies: Arc::new(PolicySet { policies, carried }),
             peer_authentications,
             network_policies,
             called: Arc::new(by_service(objects.called.iter().map(AsRef::as_ref))),
             enforcement: around.enforcement,
-            ranges: ranges(around.ranges, objects),
+            ranges,
             federation: around.federation,
             served,
             problems,
@@ -311,7 +325,22 @@ fn with_targets(
     policy
 }
 
-fn services(objects: &Objects) -> BTreeMap<ObjectName, Arc<Service>> {
+fn services(
+    objects: &Objects,
+    pods_by_ip: &HashMap<IpAddr, PodUid>,
+    ranges: &Ranges,
+) -> BTreeMap<ObjectName, Arc<Service>> {
+    // A Service may claim any address as its external one: never one that is somebody's here,
+    // or may be, as far as is known.
+    let virtual_ones = objects.services.iter().flat_map(|service| &service.cluster_ips);
+    let taken: HashSet<IpAddr> = objects
+        .nodes
+        .iter()
+        .flat_map(|node| &node.addresses)
+        .chain(virtual_ones)
+        .chain(pods_by_ip.keys())
+        .copied()
+        .collect();
     let mut slices: HashMap<&ObjectName, Vec<&SliceFacts>> = HashMap::new();
     for slice in &objects.slices {
         slices.entry(&slice.service).or_default().push(slice);
@@ -321,7 +350,9 @@ fn services(objects: &Objects) -> BTreeMap<ObjectName, Arc<Service>> {
         .iter()
         .map(|facts| {
             let slices = slices.get(&facts.name).map(Vec::as_slice).unwrap_or_default();
-            (facts.name.clone(), Arc::new(service(facts, slices)))
+            let mut service = service(facts, slices);
+            service.external_ips.retain(|ip| !taken.contains(ip) && !ranges.holds(*ip));
+            (facts.name.clone(), Arc::new(service))
         })
         .collect()
 }
@@ -336,42 +367,43 @@ fn service(facts: &ServiceFacts, slices: &[&SliceFacts]) -> Service {
     Service {
         name: facts.name.clone(),
         cluster_ips: facts.cluster_ips.clone(),
+        external_ips: facts.external_ips.clone(),
+        node_local: facts.node_local,
+        sticky: facts.sticky,
         ports: facts.ports.iter().map(port).collect(),
         is_resolver: facts.is_resolver,
     }
 }
 
-/// The ready endpoints of a port by its name; when there is none, the terminating ones that
-/// still serve.
+/// The ready endpoints of a port by its name, and the terminating ones that still serve: which
+/// of them a client is given depends on its node.
 fn endpoints(slices: &[&SliceFacts], name: &str, port: u16, protocol: u8) -> Vec<Endpoint> {
-    let mut seen = HashSet::new();
-    let mut ready = Vec::new();
-    let mut leaving = Vec::new();
+    let mut found = Vec::new();
     for slice in slices {
         for (slice_name, target, slice_protocol) in &slice.ports {
             if slice_name.as_ref() != name || *slice_protocol != protocol {
                 continue;
             }
             let target = target.unwrap_or(port);
-            for (ip, conditions) in &slice.endpoints {
-                let endpoint = Endpoint {
-                    ip: *ip,
-                    port: target,
-                    ready: conditions.ready,
-                    serving: conditions.serving,
-                };
-                if conditions.ready && seen.insert((*ip, target)) {
-                    ready.push(endpoint);
-                } else if conditions.serving && conditions.terminating {
-                    leaving.push(endpoint);
+            for EndpointFacts { ip, conditions, node, zones } in &slice.endpoints {
+                let takes = conditions.ready || (conditions.serving && conditions.terminating);
+                if takes {
+                    found.push(Endpoint {
+                        ip: *ip,
+                        port: target,
+                        ready: conditions.ready,
+                        serving: conditions.serving,
+                        node: node.clone(),
+                        zones: zones.clone(),
+                    });
                 }
             }
         }
     }
-    let mut chosen = if ready.is_empty() { leaving } else { ready };
-    chosen.sort_by_key(|e| (e.ip, e.port));
-    chosen.dedup_by_key(|e| (e.ip, e.port));
-    chosen
+    // One that two slices name counts once, as ready where either says so.
+    found.sort_by_key(|e| (e.ip, e.port, !e.ready));
+    found.dedup_by_key(|e| (e.ip, e.port));
+    found
 }
 
 #[cfg(test)]

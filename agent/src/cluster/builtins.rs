@@ -142,11 +142,16 @@ mod tests {
                 port: target,
                 ready: true,
                 serving: true,
+                node: None,
+                zones: [].into(),
             }],
         };
         Arc::new(Service {
             name: ObjectName { namespace: namespace.into(), name: name.into() },
             cluster_ips: vec![vip.parse().unwrap()],
+            external_ips: vec![],
+            node_local: false,
+            sticky: false,
             ports: vec![port(53, 17, 5353), port(53, 6, 5353), port(9153, 6, 9153)],
             is_resolver,
         })

@@ -5,7 +5,7 @@
 //! [`assemble`] joins them, whatever their source; [`modes`] are the rules of labels,
 //! [`plaintext`] those of PeerAuthentications; [`offline`] reads manifests once;
 //! [`enrolment`] says who is served, [`builtins`] what passes without a policy, [`called`] what
-//! the API server calls,
+//! the API server calls, [`serving`] which endpoints of a Service a client is given,
 //! [`network_policy`] reads what is not ours to enforce but in tunnels' way.
 
 pub mod assemble;
@@ -22,4 +22,5 @@ pub mod network_policy;
 pub mod objects;
 pub mod offline;
 pub mod plaintext;
+pub mod serving;
 pub mod source;

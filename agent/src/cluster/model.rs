@@ -52,10 +52,15 @@ pub struct World {
     pub services: BTreeMap<ObjectName, Arc<Service>>,
     /// Virtual address → Service.
     pub services_by_ip: HashMap<IpAddr, ObjectName>,
+    /// Address outside the cluster's own ranges → the Services that claim it, by name: their
+    /// external and load balancers' addresses, which several may share by ports.
+    pub services_by_external_ip: HashMap<IpAddr, Vec<ObjectName>>,
     /// ServiceAccounts.
     pub service_accounts: BTreeSet<ObjectName>,
     /// Node name → its addresses.
     pub nodes: BTreeMap<Arc<str>, Vec<IpAddr>>,
+    /// Node name → its label `topology.kubernetes.io/zone`, where it has one.
+    pub zones: BTreeMap<Arc<str>, Arc<str>>,
     /// Every policy that was understood (or understood as failing closed).
     pub policies: Arc<PolicySet>,
     /// PeerAuthentications by name, each with what became of it; pods' modes, exempt and strict
@@ -90,8 +95,10 @@ impl World {
             pods_by_ip: HashMap::new(),
             services: BTreeMap::new(),
             services_by_ip: HashMap::new(),
+            services_by_external_ip: HashMap::new(),
             service_accounts: BTreeSet::new(),
             nodes: BTreeMap::new(),
+            zones: BTreeMap::new(),
             policies: Arc::default(),
             peer_authentications: Vec::new(),
             network_policies: Vec::new(),
@@ -115,8 +122,10 @@ impl World {
             pods_by_ip,
             services,
             services_by_ip,
+            services_by_external_ip,
             service_accounts,
             nodes,
+            zones,
             policies,
             peer_authentications,
             network_policies,
@@ -134,8 +143,10 @@ impl World {
             && *pods_by_ip == other.pods_by_ip
             && *services == other.services
             && *services_by_ip == other.services_by_ip
+            && *services_by_external_ip == other.services_by_external_ip
             && *service_accounts == other.service_accounts
             && *nodes == other.nodes
+            && *zones == other.zones
             && *policies == other.policies
             && *peer_authentications == other.peer_authentications
             && *network_policies == other.network_policies
@@ -303,6 +314,13 @@ pub struct Service {
     pub name: ObjectName,
     /// `spec.clusterIPs` without `None`.
     pub cluster_ips: Vec<IpAddr>,
+    /// `spec.externalIPs` and `status.loadBalancer`'s addresses (not those that a proxy has),
+    /// without any that is inside the cluster's ranges or a pod's, a node's or a Service's own.
+    pub external_ips: Vec<IpAddr>,
+    /// `spec.internalTrafficPolicy: Local`: endpoints of the client's node only.
+    pub node_local: bool,
+    /// `spec.sessionAffinity: ClientIP`.
+    pub sticky: bool,
     /// Its ports.
     pub ports: Vec<ServicePort>,
     /// The cluster's own resolver: a Service of kube-system that is called `kube-dns` or has
@@ -319,7 +337,7 @@ pub struct ServicePort {
     pub port: u16,
     /// IP protocol.
     pub protocol: u8,
-    /// Ready (and, when none is, serving-terminating) endpoints.
+    /// Ready endpoints, and those that terminate and still serve.
     pub endpoints: Vec<Endpoint>,
 }
 
@@ -334,6 +352,10 @@ pub struct Endpoint {
     pub ready: bool,
     /// `conditions.serving` while terminating.
     pub serving: bool,
+    /// `nodeName`.
+    pub node: Option<Arc<str>>,
+    /// `hints.forZones`.
+    pub zones: Arc<[Arc<str>]>,
 }
 
 /// The cluster's address ranges (DESIGN §2).
@@ -351,6 +373,19 @@ impl Ranges {
     /// True when nothing is known: `strict` then refuses every unknown address.
     pub fn is_unknown(&self) -> bool {
         self.pods.is_empty()
+    }
+
+    /// True when the most specific range that holds `ip` is the pods' or the Services'; an
+    /// equally specific outside range wins. With no ranges known, everything is inside.
+    pub fn holds(&self, ip: IpAddr) -> bool {
+        let longest = |nets: &[IpNet]| {
+            nets.iter().filter(|net| net.contains(&ip)).map(IpNet::prefix_len).max()
+        };
+        let inside = longest(&self.pods).max(longest(&self.services));
+        match (inside, longest(&self.outside)) {
+            (None, None) => self.is_unknown(),
+            (inside, outside) => inside > outside,
+        }
     }
 }
 

@@ -120,6 +120,12 @@ pub struct ServiceFacts {
     pub name: ObjectName,
     /// `spec.clusterIPs` without `None`.
     pub cluster_ips: Vec<IpAddr>,
+    /// `spec.externalIPs` and `status.loadBalancer.ingress` of `ipMode: VIP`.
+    pub external_ips: Vec<IpAddr>,
+    /// `spec.internalTrafficPolicy` is Local.
+    pub node_local: bool,
+    /// `spec.sessionAffinity` is ClientIP.
+    pub sticky: bool,
     /// Name, port, IP protocol.
     pub ports: Vec<(Arc<str>, u16, u8)>,
     /// It is called [`RESOLVER`] or has that label, in the namespace that only the cluster's
@@ -134,8 +140,21 @@ pub struct SliceFacts {
     pub service: ObjectName,
     /// Name, port (`None`: the Service's own), IP protocol.
     pub ports: Vec<(Arc<str>, Option<u16>, u8)>,
-    /// Addresses with (ready, serving, terminating).
-    pub endpoints: Vec<(IpAddr, Conditions)>,
+    /// One by address.
+    pub endpoints: Vec<EndpointFacts>,
+}
+
+/// An address of an EndpointSlice.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct EndpointFacts {
+    /// The address.
+    pub ip: IpAddr,
+    /// Its conditions.
+    pub conditions: Conditions,
+    /// `nodeName`.
+    pub node: Option<Arc<str>>,
+    /// `hints.forZones`.
+    pub zones: Arc<[Arc<str>]>,
 }
 
 /// Conditions of an endpoint.
@@ -158,7 +177,12 @@ pub struct NodeFacts {
     pub addresses: Vec<IpAddr>,
     /// `spec.podCIDRs`.
     pub pod_ranges: Vec<IpNet>,
+    /// Label [`ZONE`].
+    pub zone: Option<Arc<str>>,
 }
+
+/// The label of a Node that names its zone.
+pub const ZONE: &str = "topology.kubernetes.io/zone";
 
 /// Address ranges of an object that declares some: a ServiceCIDR, Calico's IPPool.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -366,8 +390,15 @@ impl ServiceFacts {
     pub fn read(object: &KubeService) -> Result<Self, ObjectFault> {
         let name = object_name(&object.metadata)?;
         let mut cluster_ips = Vec::new();
+        let mut external_ips = Vec::new();
         let mut ports = Vec::new();
+        let (mut node_local, mut sticky) = (false, false);
         if let Some(spec) = &object.spec {
+            node_local = spec.internal_traffic_policy.as_deref() == Some("Local");
+            sticky = spec.session_affinity.as_deref() == Some("ClientIP");
+            for (index, ip) in spec.external_ips.iter().flatten().enumerate() {
+                external_ips.push(address(&format!("spec.externalIPs[{index}]"), ip)?);
+            }
             let mut texts: Vec<(String, &str)> = Vec::new();
             for (index, ip) in spec.cluster_ips.iter().flatten().enumerate() {
                 texts.push((format!("spec.clusterIPs[{index}]"), ip));
@@ -388,10 +419,21 @@ impl ServiceFacts {
                 }
             }
         }
+        let balancer = object.status.as_ref().and_then(|status| status.load_balancer.as_ref());
+        let balanced = balancer.and_then(|balancer| balancer.ingress.as_ref());
+        for (index, ingress) in balanced.into_iter().flatten().enumerate() {
+            // Where a proxy has the address, packets from inside go there like all others.
+            if let Some(ip) = &ingress.ip
+                && ingress.ip_mode.as_deref() != Some("Proxy")
+            {
+                let field = format!("status.loadBalancer.ingress[{index}].ip");
+                external_ips.push(address(&field, ip)?);
+            }
+        }
         let label = object.metadata.labels.as_ref().and_then(|labels| labels.get("k8s-app"));
         let is_called = &*name.name == RESOLVER || label.is_some_and(|app| app == RESOLVER);
         let is_resolver = is_called && &*name.namespace == "kube-system";
-        Ok(Self { name, cluster_ips, ports, is_resolver })
+        Ok(Self { name, cluster_ips, external_ips, node_local, sticky, ports, is_resolver })
     }
 }
 
@@ -424,9 +466,14 @@ impl SliceFacts {
                 serving: conditions.and_then(|c| c.serving).unwrap_or(ready),
                 terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
             };
+            let node = endpoint.node_name.as_deref().map(Arc::from);
+            let hints = endpoint.hints.as_ref().and_then(|hints| hints.for_zones.as_ref());
+            let zones: Arc<[Arc<str>]> =
+                hints.into_iter().flatten().map(|zone| Arc::from(zone.name.as_str())).collect();
             for (a, text) in endpoint.addresses.iter().enumerate() {
-                let field = format!("endpoints[{index}].addresses[{a}]");
-                endpoints.push((address(&field, text)?, conditions));
+                let ip = address(&format!("endpoints[{index}].addresses[{a}]"), text)?;
+                let (node, zones) = (node.clone(), zones.clone());
+                endpoints.push(EndpointFacts { ip, conditions, node, zones });
             }
         }
         let service = ObjectName { namespace: name.namespace, name: service.as_str().into() };
@@ -458,7 +505,8 @@ impl NodeFacts {
                 pod_ranges.push(range);
             }
         }
-        Ok(Self { name, addresses, pod_ranges })
+        let zone = object.metadata.labels.as_ref().and_then(|labels| labels.get(ZONE));
+        Ok(Self { name, addresses, pod_ranges, zone: zone.map(|zone| zone.as_str().into()) })
     }
 }
 
@@ -496,5 +544,35 @@ mod tests {
         // Who only watches over a pod does not run it.
         assert_eq!(shown("StatefulSet", "db", false, None), None);
         assert_eq!(workload(&ObjectMeta::default()), None);
+    }
+
+    #[test]
+    fn a_service_says_where_it_is_reached_and_whom_it_gives() {
+        let read = |external: &str| {
+            let manifest = serde_json::json!({
+                "metadata": {"namespace": "shop", "name": "web"},
+                "spec": {
+                    "clusterIPs": ["10.96.0.1"],
+                    "externalIPs": [external],
+                    "internalTrafficPolicy": "Local",
+                    "sessionAffinity": "ClientIP",
+                    "ports": [{"port": 80}],
+                },
+                "status": {"loadBalancer": {"ingress": [
+                    {"ip": "203.0.113.9", "ipMode": "VIP"},
+                    {"ip": "203.0.113.10"},
+                    {"ip": "203.0.113.11", "ipMode": "Proxy"},
+                    {"hostname": "balancer.example"},
+                ]}},
+            });
+            ServiceFacts::read(&serde_json::from_value(manifest).unwrap())
+        };
+        let web = read("198.51.100.1").unwrap();
+        // What a proxy has in front is dialled through it.
+        let external = ["198.51.100.1", "203.0.113.9", "203.0.113.10"];
+        assert_eq!(web.external_ips, external.map(|ip| ip.parse::<IpAddr>().unwrap()));
+        assert!(web.node_local && web.sticky);
+        let fault = read("somewhere").unwrap_err().to_string();
+        assert!(fault.contains("spec.externalIPs[0]") && fault.contains("somewhere"), "{fault}");
     }
 }

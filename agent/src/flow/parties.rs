@@ -2,6 +2,8 @@
 
 use std::net::SocketAddr;
 
+use signet_ebpf::abi::proto;
+
 use super::record::{KnownBy, Party};
 use crate::{endpoint::state::NodeState, spiffe::SpiffeId};
 
@@ -21,7 +23,12 @@ pub fn known_by_address(address: SocketAddr, state: &NodeState, number: Option<u
         .ok();
         party.known_by = KnownBy::Address;
     }
-    if let Some(service) = world.services_by_ip.get(&address.ip()) {
+    // An external address is a Service's on its ports only.
+    let claimed = || {
+        let at = |protocol| world.service_at(address, protocol);
+        [proto::TCP, proto::UDP].into_iter().find_map(at).map(|service| &service.name)
+    };
+    if let Some(service) = world.services_by_ip.get(&address.ip()).or_else(claimed) {
         party.service = Some(format!("{}/{}", service.namespace, service.name).into());
     }
     if let Some(identity) = number.and_then(|n| state.identities.get(&n)) {

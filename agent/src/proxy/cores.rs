@@ -269,7 +269,11 @@ fn fate(plane: &Plane, state: &NodeState, key: &EndpointKey, facts: &Facts) -> F
         return Fate::Close(Reason::RightWithdrawn);
     }
     if facts.direction == Direction::Egress && !facts.proven && endpoint.mode == Mode::Strict {
-        let source = Source { mode: endpoint.mode, addresses: &endpoint.addresses };
+        let source = Source {
+            mode: endpoint.mode,
+            addresses: &endpoint.addresses,
+            node: endpoint.pod.node.as_deref(),
+        };
         let there = std::net::SocketAddr::new(facts.peer_ip, facts.port);
         let still_direct =
             route(&state.world, source, there, 0).is_ok_and(|r| matches!(r.path, Path::Direct(_)));

@@ -266,7 +266,11 @@ impl Outbound<'_> {
         loop {
             let state = plane.state.current();
             let endpoint = self.endpoint(&state)?;
-            let source = Source { mode: endpoint.mode, addresses: &endpoint.addresses };
+            let source = Source {
+                mode: endpoint.mode,
+                addresses: &endpoint.addresses,
+                node: endpoint.pod.node.as_deref(),
+            };
             let pick = rand::random();
             let mut route = route(&state.world, source, self.dialled, pick)?;
             let destination = route.destination.ip();

@@ -8,11 +8,13 @@ use std::{
     sync::Arc,
 };
 
-use ipnet::IpNet;
 use signet_ebpf::abi::{Mode, Reason, proto};
 
 use crate::{
-    cluster::model::{Endpoint, ObjectName, Pod, Ranges, Service, World},
+    cluster::{
+        model::{ObjectName, Pod, Ranges, Service, World},
+        serving::by_affinity,
+    },
     spiffe::{SpiffeId, TrustDomain},
     trust::federation::Federation,
 };
@@ -24,6 +26,8 @@ pub struct Source<'a> {
     pub mode: Mode,
     /// Its own addresses.
     pub addresses: &'a [IpAddr],
+    /// Its node.
+    pub node: Option<&'a str>,
 }
 
 /// Where a flow goes.
@@ -129,21 +133,27 @@ pub fn route(
     pick: u64,
 ) -> Result<Route, RouteError> {
     let ip = dialled.ip().to_canonical();
-    let Some(service) = world.services_by_ip.get(&ip).and_then(|name| world.services.get(name))
-    else {
-        return pod_route(world, source, SocketAddr::new(ip, dialled.port()), None);
+    let address = SocketAddr::new(ip, dialled.port());
+    let Some(service) = world.service_at(address, proto::TCP) else {
+        return pod_route(world, source, address, None);
     };
     let Some(port) =
         service.ports.iter().find(|p| p.port == dialled.port() && p.protocol == proto::TCP)
     else {
-        return unserved_service_port(source, service, SocketAddr::new(ip, dialled.port()));
+        return unserved_service_port(source, service, address);
     };
-    let candidates = takers(&port.endpoints, ip.is_ipv4());
+    let mut candidates = world.endpoints_for(service, port, ip, source.node);
     if candidates.is_empty() {
         return Err(RouteError::NoEndpoint { service: service.name.clone() });
     }
-    // The first that this source may reach, beginning at a random one.
-    let start = usize::try_from(pick % candidates.len() as u64).unwrap_or(0);
+    // The first that this source may reach, beginning at a random one, or at its own.
+    let mut start = usize::try_from(pick % candidates.len() as u64).unwrap_or(0);
+    if service.sticky
+        && let Some(client) = source.addresses.first()
+    {
+        by_affinity(&mut candidates, *client);
+        start = 0;
+    }
     let mut refused = None;
     for endpoint in candidates[start..].iter().chain(&candidates[..start]) {
         let address = SocketAddr::new(endpoint.ip.to_canonical(), endpoint.port);
@@ -155,15 +165,6 @@ pub fn route(
         }
     }
     Err(refused.unwrap_or(RouteError::NoEndpoint { service: service.name.clone() }))
-}
-
-/// The endpoints that take flows of a family: ready ones; with none, those that serve while
-/// terminating. As with kube-proxy an address leads to endpoints of its own family: the
-/// application may listen on one family only, and is shown a client of that one.
-fn takers(endpoints: &[Endpoint], v4: bool) -> Vec<&Endpoint> {
-    let of_family = || endpoints.iter().filter(|e| e.ip.to_canonical().is_ipv4() == v4);
-    let ready: Vec<_> = of_family().filter(|e| e.ready).collect();
-    if ready.is_empty() { of_family().filter(|e| e.serving).collect() } else { ready }
 }
 
 /// A Service address with a port that the Service does not have.
@@ -203,7 +204,7 @@ fn pod_route(
         }
         let node = world.nodes.values().any(|addresses| addresses.contains(&ip));
         let own = source.addresses.contains(&ip);
-        if strict && !node && !own && is_inside(&world.ranges, ip) {
+        if strict && !node && !own && world.ranges.holds(ip) {
             return Err(RouteError::UnknownAddress { ip });
         }
         return Ok(Route { destination, pod: None, service, path: Path::Direct(None) });
@@ -256,16 +257,4 @@ pub fn names_of(identity: &SpiffeId, federation: &Federation) -> Arc<[SpiffeId]>
         SpiffeId::parse(&format!("spiffe://{domain}{}", identity.path())).ok()
     };
     std::iter::once(identity.clone()).chain(federation.aliases.iter().filter_map(renamed)).collect()
-}
-
-/// True when the most specific range that holds `ip` is the pods' or the Services'; an
-/// equally specific outside range wins. With no ranges known, everything is inside.
-fn is_inside(ranges: &Ranges, ip: IpAddr) -> bool {
-    let longest =
-        |nets: &[IpNet]| nets.iter().filter(|net| net.contains(&ip)).map(IpNet::prefix_len).max();
-    let inside = longest(&ranges.pods).max(longest(&ranges.services));
-    match (inside, longest(&ranges.outside)) {
-        (None, None) => ranges.is_unknown(),
-        (inside, outside) => inside > outside,
-    }
 }

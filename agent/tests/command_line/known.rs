@@ -34,6 +34,8 @@ fn known() -> StatusInputs {
         port: 8080,
         ready,
         serving,
+        node: None,
+        zones: [].into(),
     };
     let name = |name: &str| ObjectName { namespace: "shop".into(), name: name.into() };
     let port = |endpoints| ServicePort { name: "http".into(), port: 80, protocol: 6, endpoints };
@@ -41,6 +43,9 @@ fn known() -> StatusInputs {
         Service {
             name: name("payments"),
             cluster_ips: vec!["10.96.0.7".parse().unwrap(), "fd00::7".parse().unwrap()],
+            external_ips: vec![],
+            node_local: false,
+            sticky: false,
             ports: vec![port(vec![
                 endpoint("10.0.2.7", true, true),
                 endpoint("10.0.3.1", false, true),
@@ -52,6 +57,9 @@ fn known() -> StatusInputs {
         Service {
             name: name("empty"),
             cluster_ips: vec![],
+            external_ips: vec![],
+            node_local: false,
+            sticky: false,
             ports: vec![port(vec![])],
             is_resolver: false,
         },

@@ -1,7 +1,7 @@
 use signet_ebpf::abi::Mode;
 
 use super::*;
-use crate::cluster::objects::{Conditions, Labels, NamespaceFacts};
+use crate::cluster::objects::{Conditions, Labels, NamespaceFacts, NodeFacts};
 
 fn around() -> Surroundings {
     Surroundings {
@@ -70,7 +70,12 @@ fn slice(ports: &[(&str, Option<u16>)], endpoints: &[(&str, bool, bool, bool)]) 
             .iter()
             .map(|(ip, ready, serving, terminating)| {
                 let (ready, serving, terminating) = (*ready, *serving, *terminating);
-                (ip.parse().unwrap(), Conditions { ready, serving, terminating })
+                EndpointFacts {
+                    ip: ip.parse().unwrap(),
+                    conditions: Conditions { ready, serving, terminating },
+                    node: None,
+                    zones: [].into(),
+                }
             })
             .collect(),
     }
@@ -80,6 +85,9 @@ fn targets(slices: Vec<SliceFacts>, port: usize) -> Vec<(String, u16)> {
     let service = ServiceFacts {
         name: name("web"),
         cluster_ips: vec!["10.96.0.1".parse().unwrap()],
+        external_ips: vec![],
+        node_local: false,
+        sticky: false,
         ports: vec![("http".into(), 80, 6), ("admin".into(), 81, 6)],
         is_resolver: false,
     };
@@ -109,15 +117,57 @@ fn service_ports_lead_to_ready_endpoints_by_name() {
             slice(&[("http", Some(8080))], &all[..1]),
         ]
     };
-    let http = [("10.0.0.1".to_owned(), 8080), ("10.0.0.2".to_owned(), 8080)];
-    assert_eq!(targets(slices(), 0), http);
+    let at = |hosts: &[u8], port: u16| -> Vec<(String, u16)> {
+        hosts.iter().map(|host| (format!("10.0.0.{host}"), port)).collect()
+    };
+    // What is not ready takes nothing, unless it leaves and still serves.
+    assert_eq!(targets(slices(), 0), at(&[1, 2, 4], 8080));
     // Without a number of its own, the Service's.
-    let admin = [("10.0.0.1".to_owned(), 81), ("10.0.0.2".to_owned(), 81)];
-    assert_eq!(targets(slices(), 1), admin);
-    // Nobody ready: those that leave but still serve.
+    assert_eq!(targets(slices(), 1), at(&[1, 2, 4], 81));
     let leaving = vec![slice(&[("http", Some(8080))], &all[2..])];
     assert_eq!(targets(leaving, 0), [("10.0.0.4".to_owned(), 8080)]);
     assert!(targets(vec![], 0).is_empty());
+}
+
+#[test]
+fn a_service_claims_no_address_that_is_somebody_s() {
+    let web = ServiceFacts {
+        name: name("web"),
+        cluster_ips: vec!["10.96.0.1".parse().unwrap()],
+        // A pod's, a node's, a Service's, one that may be a pod's, and one outside.
+        external_ips: ["10.0.0.1", "192.0.2.1", "10.96.0.2", "10.1.2.3", "203.0.113.9"]
+            .map(|ip| ip.parse().unwrap())
+            .into(),
+        node_local: false,
+        sticky: false,
+        ports: vec![("http".into(), 80, 6)],
+        is_resolver: false,
+    };
+    let other = ServiceFacts {
+        name: name("other"),
+        cluster_ips: vec!["10.96.0.2".parse().unwrap()],
+        external_ips: vec!["203.0.113.9".parse().unwrap()],
+        ..web.clone()
+    };
+    let node = NodeFacts {
+        name: "n1".into(),
+        addresses: vec!["192.0.2.1".parse().unwrap()],
+        pod_ranges: vec!["10.1.0.0/16".parse().unwrap()],
+        zone: Some("a".into()),
+    };
+    let objects = Objects {
+        pods: vec![Arc::new(pod("u", 1))],
+        services: vec![Arc::new(web), Arc::new(other)],
+        nodes: vec![Arc::new(node)],
+        ..Objects::default()
+    };
+    let world = Assembler::default().assemble(&objects, around());
+    let outside: IpAddr = "203.0.113.9".parse().unwrap();
+    assert_eq!(world.services[&name("web")].external_ips, [outside]);
+    // Several may share one, by their ports.
+    let claims = vec![name("other"), name("web")];
+    assert_eq!(world.services_by_external_ip, [(outside, claims)].into());
+    assert_eq!(world.zones, [("n1".into(), "a".into())].into());
 }
 
 #[test]

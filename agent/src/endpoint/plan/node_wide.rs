@@ -44,20 +44,24 @@ impl Planner<'_> {
                 self.tables.addresses.insert(Ip::from_std(*ip), entry);
             }
         }
+        let node = Some(&*self.input.params.node);
         for found in world.services.values() {
-            for ip in &found.cluster_ips {
+            for ip in found.cluster_ips.iter().chain(&found.external_ips) {
                 let entry = AddressEntry {
                     identity: IDENTITY_WORLD,
                     kind: address::SERVICE,
                     ..AddressEntry::default()
                 };
                 self.tables.addresses.insert(Ip::from_std(*ip), entry);
+                if found.external_ips.contains(ip) {
+                    let port = service::EXTERNAL;
+                    let key = ServiceKey { ip: Ip::from_std(*ip), port, protocol: 0, pad: 0 };
+                    self.tables.services.insert(key, 0);
+                }
                 for port in &found.ports {
                     let mut flags = 0;
-                    // A virtual address leads to endpoints of its own family.
-                    let endpoints =
-                        || port.endpoints.iter().filter(|e| e.ip.is_ipv4() == ip.is_ipv4());
-                    if endpoints().next().is_none() {
+                    let endpoints = world.endpoints_for(found, port, *ip, node);
+                    if endpoints.is_empty() {
                         flags |= service::NO_ENDPOINTS;
                     }
                     let enrolled = |ip: &IpAddr| {
@@ -67,7 +71,7 @@ impl Planner<'_> {
                             .and_then(|uid| world.pods.get(uid))
                             .is_some_and(|pod| self.is_enrolled(pod))
                     };
-                    if endpoints().any(|e| enrolled(&e.ip)) {
+                    if endpoints.iter().any(|e| enrolled(&e.ip)) {
                         flags |= service::TUNNEL;
                     }
                     let key = ServiceKey {

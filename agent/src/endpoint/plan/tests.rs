@@ -466,12 +466,17 @@ fn services_ranges_nodes_and_exempt_ports_are_written() {
         port: 8080,
         ready: true,
         serving: true,
+        node: None,
+        zones: [].into(),
     };
     let port = |port, endpoints| ServicePort { name: "".into(), port, protocol: 6, endpoints };
     let name = ObjectName { namespace: "shop".into(), name: "pay".into() };
     let service = Service {
         name: name.clone(),
         cluster_ips: vec!["10.96.0.1".parse().unwrap()],
+        external_ips: vec!["203.0.113.7".parse().unwrap()],
+        node_local: false,
+        sticky: false,
         ports: vec![
             port(80, vec![endpoint("10.0.0.1")]),
             port(81, vec![]),
@@ -488,6 +493,13 @@ fn services_ranges_nodes_and_exempt_ports_are_written() {
     assert_eq!(tables.services[&key(82)], 0);
     assert_eq!(tables.services[&key(83)], service::NO_ENDPOINTS, "another family's endpoint");
     assert_eq!(tables.addresses[&ip("10.96.0.1")].kind, address::SERVICE);
+    // A load balancer's address, by the pods' own rules: only what is tunnelled is steered.
+    let balanced = |port| ServiceKey { ip: ip("203.0.113.7"), port, protocol: 6, pad: 0 };
+    assert_eq!(tables.services[&balanced(80)], service::TUNNEL);
+    assert_eq!(tables.addresses[&ip("203.0.113.7")].kind, address::SERVICE);
+    let mark = ServiceKey { protocol: 0, ..balanced(service::EXTERNAL) };
+    assert!(tables.services.contains_key(&mark));
+    assert!(!tables.services.contains_key(&ServiceKey { ip: ip("10.96.0.1"), ..mark }));
     assert_eq!(tables.addresses[&ip("192.0.2.1")].identity, IDENTITY_HOST);
     assert_eq!(tables.ranges[&(104, ip("10.0.0.0").octets())], range::PODS);
     assert_eq!(tables.ranges[&(112, ip("10.9.0.0").octets())], range::OUTSIDE);

@@ -31,6 +31,8 @@ fn service(world: &mut World, endpoints: &[(&str, bool, bool)]) {
         port: 8080,
         ready,
         serving,
+        node: None,
+        zones: [].into(),
     });
     let port = ServicePort {
         name: "http".into(),
@@ -41,6 +43,9 @@ fn service(world: &mut World, endpoints: &[(&str, bool, bool)]) {
     let service = Service {
         name: name.clone(),
         cluster_ips: vec![ip(VIP)],
+        external_ips: vec![],
+        node_local: false,
+        sticky: false,
         ports: vec![port],
         is_resolver: false,
     };
@@ -50,7 +55,7 @@ fn service(world: &mut World, endpoints: &[(&str, bool, bool)]) {
 
 fn go(world: &World, mode: Mode, to: &str, port: u16) -> Result<Path, Reason> {
     let own = [ip("10.77.0.1")];
-    let source = Source { mode, addresses: &own };
+    let source = Source { mode, addresses: &own, node: Some("node-1") };
     route(world, source, address(to, port), 0).map(|r| r.path).map_err(|e| e.reason())
 }
 
@@ -93,13 +98,13 @@ fn a_service_gives_a_ready_endpoint_that_the_source_may_reach() {
     service(&mut world, &[(UNSERVED, true, true), (ENROLLED, true, true)]);
     let own = [ip("10.77.0.1")];
     for pick in 0..8 {
-        let strict = Source { mode: Mode::Strict, addresses: &own };
+        let strict = Source { mode: Mode::Strict, addresses: &own, node: Some("node-1") };
         let found = route(&world, strict, address(VIP, 80), pick).unwrap();
         assert_eq!(found.destination, address(ENROLLED, 8080), "the unserved one is skipped");
         assert_eq!(found.service.map(|s| s.name.to_string()), Some("payments".into()));
     }
     // Both serve a permissive source: each is picked.
-    let permissive = Source { mode: Mode::Permissive, addresses: &own };
+    let permissive = Source { mode: Mode::Permissive, addresses: &own, node: Some("node-1") };
     let picked = |pick| route(&world, permissive, address(VIP, 80), pick).unwrap().destination;
     assert_ne!(picked(0), picked(1));
 }
@@ -109,7 +114,7 @@ fn a_virtual_address_leads_to_endpoints_of_its_own_family() {
     let mut world = sample();
     service(&mut world, &[("fd00:77::2", true, true), (ENROLLED, true, true)]);
     let own = [ip("10.77.0.1")];
-    let strict = Source { mode: Mode::Strict, addresses: &own };
+    let strict = Source { mode: Mode::Strict, addresses: &own, node: Some("node-1") };
     for pick in 0..8 {
         let found = route(&world, strict, address(VIP, 80), pick).unwrap();
         assert_eq!(found.destination, address(ENROLLED, 8080));
@@ -134,7 +139,7 @@ fn endpoints_that_terminate_come_last_and_none_is_an_answer() {
     assert_eq!(go(&world, Mode::Strict, VIP, 80), Err(Reason::PeerUnreachable));
     service(&mut world, &[(UNSERVED, true, true)]);
     let own = [ip("10.77.0.1")];
-    let strict = Source { mode: Mode::Strict, addresses: &own };
+    let strict = Source { mode: Mode::Strict, addresses: &own, node: Some("node-1") };
     let error = route(&world, strict, address(VIP, 80), 0).unwrap_err();
     assert!(matches!(error, RouteError::NotServed { .. }), "{error}");
 }
@@ -146,4 +151,33 @@ fn a_port_that_the_service_lacks_is_refused_from_strict() {
     assert_eq!(go(&world, Mode::Strict, VIP, 81), Err(Reason::PeerUnreachable));
     assert_eq!(go(&world, Mode::Permissive, VIP, 81), Ok(Path::Direct(None)));
     assert_eq!(go(&world, Mode::Strict, VIP, 80), Ok(Path::Tunnel(identity("payments"))));
+}
+
+#[test]
+fn affinity_gives_a_client_one_endpoint_whatever_the_pick() {
+    let mut world = sample();
+    service(&mut world, &[("10.77.0.4", true, true), (ENROLLED, true, true)]);
+    let own = [ip("10.77.0.1")];
+    let strict = Source { mode: Mode::Strict, addresses: &own, node: Some("node-1") };
+    let given = |world: &World| -> std::collections::BTreeSet<_> {
+        (0..8)
+            .map(|pick| route(world, strict, address(VIP, 80), pick).unwrap().destination)
+            .collect()
+    };
+    assert_eq!(given(&world).len(), 2, "the control: both are picked");
+    for service in world.services.values_mut() {
+        std::sync::Arc::make_mut(service).sticky = true;
+    }
+    assert_eq!(given(&world).len(), 1);
+}
+
+#[test]
+fn a_load_balancer_s_address_leads_to_its_endpoints_and_on_other_ports_outside() {
+    const BALANCED: &str = "203.0.113.7";
+    let mut world = sample();
+    service(&mut world, &[(ENROLLED, true, true)]);
+    let names: Vec<_> = world.services.keys().cloned().collect();
+    world.services_by_external_ip.insert(ip(BALANCED), names);
+    assert_eq!(go(&world, Mode::Strict, BALANCED, 80), Ok(Path::Tunnel(identity("payments"))));
+    assert_eq!(go(&world, Mode::Strict, BALANCED, 81), Ok(Path::Direct(None)));
 }
