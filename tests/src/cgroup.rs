@@ -23,6 +23,18 @@ pub fn mount_point() -> Result<PathBuf> {
     bail!("no cgroup v2 hierarchy is mounted: mount -t cgroup2 none /sys/fs/cgroup")
 }
 
+/// Where the hierarchies of cgroup v1 are mounted, on a hybrid host.
+pub fn other_hierarchies() -> Vec<PathBuf> {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    table
+        .lines()
+        .filter_map(|line| line.split_once(" - "))
+        .filter(|(_, kind)| kind.split(' ').next() == Some("cgroup"))
+        .filter_map(|(mount, _)| mount.split(' ').nth(4))
+        .map(PathBuf::from)
+        .collect()
+}
+
 /// The path below the cgroup2 mount, with a leading slash, as the agent's flags want it.
 pub fn path_below_mount(directory: &Path) -> Result<String> {
     let mount = mount_point()?;
@@ -51,6 +63,12 @@ pub fn processes(directory: &Path) -> Vec<u32> {
         .unwrap_or_default()
 }
 
+/// The directories directly below.
+pub fn children(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).map(|e| e.path()).collect()
+}
+
 /// Kills every process in the subtree and removes it.
 pub fn kill_and_remove(directory: &Path) {
     if !directory.exists() {
@@ -61,6 +79,16 @@ pub fn kill_and_remove(directory: &Path) {
     let deadline = Instant::now() + Duration::from_secs(5);
     while !remove_tree(directory) && Instant::now() < deadline {
         thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The same, and removes it in the hierarchies of cgroup v1 as well, where a real runtime makes
+/// the same directories.
+pub fn kill_and_remove_everywhere(directory: &Path) {
+    kill_and_remove(directory);
+    let Ok(below) = path_below_mount(directory) else { return };
+    for hierarchy in other_hierarchies() {
+        remove_tree(&hierarchy.join(below.trim_start_matches('/')));
     }
 }
 

@@ -26,6 +26,7 @@ use crate::{
     node::Node,
     pod::{Pod, PodBuilder, Surroundings, builder_of},
     process::{Place, tail_of},
+    runtime::Backend,
     traffic::{Role, roles},
 };
 
@@ -58,6 +59,8 @@ pub struct LabOptions {
     pub family: Option<Family>,
     /// How the nodes name cgroups.
     pub driver: CgroupDriver,
+    /// What makes pods; default from `SIGNET_LAB_BACKEND`.
+    pub backend: Option<Backend>,
     /// Further flags for every agent.
     pub agent_flags: Vec<String>,
     /// Further environment for every agent.
@@ -77,6 +80,7 @@ impl Default for LabOptions {
             nodes: 2,
             family: None,
             driver: CgroupDriver::default(),
+            backend: None,
             agent_flags: Vec::new(),
             agent_env: Vec::new(),
             ranges: true,
@@ -120,6 +124,7 @@ impl Lab {
 
     fn build(id: &LabId, options: &LabOptions) -> Result<Self> {
         let family = options.family.map_or_else(Family::from_env, Ok)?;
+        let backend = options.backend.map_or_else(Backend::from_env, Ok)?;
         let directory = id.directory();
         fs::create_dir_all(directory.join("logs"))
             .with_context(|| directory.display().to_string())?;
@@ -147,7 +152,11 @@ impl Lab {
         let switch = Switch::create(id)?;
         let mut nodes = Vec::new();
         for number in 1..=options.nodes {
-            let node = Node::create(id, number, options.nodes, family, options.driver, &switch)?;
+            let made = Node::create(id, number, options.nodes, family, options.driver, &switch);
+            let mut node = made?;
+            if backend == Backend::Containerd {
+                node.start_runtime()?;
+            }
             nodes.push(Arc::new(node));
         }
         let is_second = |node: &Node| second.is_some() && node.number == options.nodes;

@@ -78,10 +78,16 @@ pub fn remove(name: &str) {
     if let Ok(root) = cgroup::mount_point() {
         cgroup::kill_and_remove(&root.join(name));
     }
+    // A real runtime makes its cgroups in every hierarchy of a hybrid host.
+    for hierarchy in cgroup::other_hierarchies() {
+        cgroup::remove_tree(&hierarchy.join(name));
+    }
     let directory = base_directory().join(name);
     for mount in mounts_below(&directory) {
-        // A copied mount namespace would keep the file system and with it the pins alive.
-        remove_files_below(&mount);
+        if mount.ends_with("bpffs") {
+            // A copied mount namespace would keep the file system and with it the pins alive.
+            remove_files_below(&mount);
+        }
         let _ = rustix::mount::unmount(&mount, UnmountFlags::DETACH);
     }
     for ns in netns::named_with_prefix(name) {

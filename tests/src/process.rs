@@ -7,9 +7,10 @@
 use std::{
     ffi::OsString,
     fs::File,
-    io::{BufRead, BufReader, Write},
+    io::{BufRead, BufReader, Read, Write},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
-    process::{Child, ChildStdin, Command, ExitStatus, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -18,6 +19,8 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+
+use crate::runtime::Contained;
 
 /// Where a process runs.
 #[derive(Clone, Debug)]
@@ -115,10 +118,19 @@ impl Place {
 pub struct Running {
     name: String,
     pid: u32,
-    child: Child,
-    stdin: Option<ChildStdin>,
+    body: Body,
+    stdin: Option<File>,
     printed: Arc<Printed>,
     log: PathBuf,
+}
+
+/// What it is to those who end it.
+#[derive(Debug)]
+enum Body {
+    /// A child of this process.
+    Child(Child),
+    /// A container of a runtime, and how it ended, once that was asked.
+    Contained(Contained, Option<ExitStatus>),
 }
 
 #[derive(Debug, Default)]
@@ -131,6 +143,31 @@ struct Printed {
 struct Lines {
     values: Vec<Value>,
     ended: bool,
+}
+
+impl Printed {
+    /// Reads lines, on a thread of its own, from what `open` opens there.
+    fn read_from<R: Read>(
+        name: &str,
+        open: impl FnOnce() -> std::io::Result<R> + Send + 'static,
+    ) -> Result<Arc<Self>> {
+        let printed = Arc::new(Self::default());
+        let reader = Arc::clone(&printed);
+        thread::Builder::new()
+            .name(format!("read {name}"))
+            .spawn(move || {
+                let lines = open().into_iter().flat_map(|source| BufReader::new(source).lines());
+                for line in lines.map_while(Result::ok) {
+                    let value = serde_json::from_str(&line).unwrap_or(Value::String(line));
+                    lock(&reader.lines).values.push(value);
+                    reader.more.notify_all();
+                }
+                lock(&reader.lines).ended = true;
+                reader.more.notify_all();
+            })
+            .context("cannot start a reader thread")?;
+        Ok(printed)
+    }
 }
 
 impl Running {
@@ -149,26 +186,34 @@ impl Running {
             .stderr(stderr)
             .spawn()
             .with_context(|| format!("cannot start {name}"))?;
-        let stdin = child.stdin.take();
+        let stdin = child.stdin.take().map(|stdin| File::from(OwnedFd::from(stdin)));
         let stdout = child.stdout.take().context("no stdout")?;
-        let printed = Arc::new(Printed::default());
-        let reader = Arc::clone(&printed);
-        thread::Builder::new()
-            .name(format!("read {name}"))
-            .spawn(move || {
-                for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                    let value = serde_json::from_str(&line).unwrap_or(Value::String(line));
-                    lock(&reader.lines).values.push(value);
-                    reader.more.notify_all();
-                }
-                lock(&reader.lines).ended = true;
-                reader.more.notify_all();
-            })
-            .context("cannot start a reader thread")?;
-        Ok(Self { name: name.to_owned(), pid: child.id(), child, stdin, printed, log })
+        let printed = Printed::read_from(name, move || Ok(stdout))?;
+        let pid = child.id();
+        Ok(Self { name: name.to_owned(), pid, body: Body::Child(child), stdin, printed, log })
     }
 
-    /// Its pid.
+    /// A container that was started, with the writing end of its input and the pipe of its output.
+    pub(crate) fn contained(
+        contained: Contained,
+        input: File,
+        output: PathBuf,
+        name: &str,
+        logs: &Path,
+    ) -> Result<Self> {
+        // It opens when the container has it open, too.
+        let printed = Printed::read_from(name, move || File::open(&output))?;
+        Ok(Self {
+            name: name.to_owned(),
+            pid: contained.pid(),
+            body: Body::Contained(contained, None),
+            stdin: Some(input),
+            printed,
+            log: logs.join(format!("{name}.log")),
+        })
+    }
+
+    /// Its pid; 0 of a container that ended at once.
     pub fn pid(&self) -> u32 {
         self.pid
     }
@@ -246,7 +291,7 @@ impl Running {
     pub fn wait(&mut self, timeout: Duration) -> Result<ExitStatus> {
         let deadline = Instant::now() + timeout;
         loop {
-            if let Some(status) = self.child.try_wait().context("waitpid")? {
+            if let Some(status) = self.ended() {
                 return Ok(status);
             }
             if Instant::now() > deadline {
@@ -258,7 +303,15 @@ impl Running {
 
     /// The exit status, when it has ended.
     pub fn ended(&mut self) -> Option<ExitStatus> {
-        self.child.try_wait().ok().flatten()
+        match &mut self.body {
+            Body::Child(child) => child.try_wait().ok().flatten(),
+            Body::Contained(contained, ended) => {
+                if ended.is_none() {
+                    *ended = contained.ended();
+                }
+                *ended
+            }
+        }
     }
 
     /// Sends a signal to it alone.
@@ -270,8 +323,13 @@ impl Running {
 
     /// Kills it (SIGKILL) and waits.
     pub fn kill(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        match &mut self.body {
+            Body::Child(child) => {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            Body::Contained(contained, _) => contained.kill(),
+        }
     }
 
     /// What it printed and logged last, for messages.

@@ -20,6 +20,9 @@ const PROGRAMS: &[(&str, &str, &str)] = &[
     ("cc", "gcc libc6-dev", "links the build, and compiles the crypto library"),
     ("ip", "iproute2", "lets you look around in the lab"),
     ("curl", "curl", "is the plain client of the lab's tests"),
+    ("containerd", "containerd", "makes the lab's pods as a real node does"),
+    ("runc", "runc", "is the runtime of those pods"),
+    ("host-local", "containernetworking-plugins", "gives those pods their addresses"),
     ("nft", "nftables", "rewrites addresses where a test attacks by it"),
     ("chromium", "chromium", "shows the page of signet ui to its tests"),
     ("kubectl", "kubernetes-client", "builds the manifests for their check"),
@@ -84,7 +87,8 @@ fn programs(apt: &mut Apt) -> anyhow::Result<()> {
 }
 
 fn have(program: &str) -> bool {
-    let system = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(Path::new);
+    // CNI plugins are on no PATH.
+    let system = ["/usr/sbin", "/sbin", "/usr/bin", "/bin", "/usr/lib/cni"].map(Path::new);
     workspace::find_program(program, &system).is_some()
 }
 

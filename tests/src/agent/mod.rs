@@ -26,7 +26,7 @@ use crate::{
     metrics::Metrics,
     node::Node,
     pod::Pod,
-    process::{Output, signet_binary, tail_of, without_own_variables},
+    process::{Output, Running, signet_binary, tail_of, without_own_variables},
 };
 
 /// How long an agent may take to become ready, on a busy machine.
@@ -398,6 +398,14 @@ impl Agent {
         let answer = self.cli(&arguments)?;
         ensure!(answer.code() == 0, "signet flows: {} {}", answer.status, answer.stderr);
         flows::parse(&answer.stdout)
+    }
+
+    /// Begins to follow its flows, as `signet flows -f -o json` prints them.
+    pub fn follow_flows(&self) -> Result<Running> {
+        let mut command = Command::new(signet_binary()?);
+        without_own_variables(&mut command);
+        command.args(["flows", "-f", "-o", "json", "--socket"]).arg(self.socket());
+        Running::start(command, &format!("flows-{}", self.node.name), &self.logs)
     }
 
     /// Waits for a flow record that satisfies `wanted`.

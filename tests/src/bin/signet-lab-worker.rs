@@ -2,7 +2,13 @@
 
 #![forbid(unsafe_code)]
 
-use std::{ffi::OsString, os::unix::process::CommandExt, path::PathBuf, process::Command};
+use std::{
+    ffi::OsString,
+    fs::{File, OpenOptions},
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
@@ -15,6 +21,9 @@ struct Arguments {
     /// comes from the node's.
     #[arg(long)]
     runtime_netns: Option<PathBuf>,
+    /// Has its standard input and output in this directory, as pipes `in` and `out`.
+    #[arg(long)]
+    stdio: Option<PathBuf>,
     /// Joins this cgroup first.
     #[arg(long)]
     cgroup: Option<PathBuf>,
@@ -58,6 +67,9 @@ fn main() -> Result<()> {
     if let Some(namespace) = &arguments.netns {
         netns::enter(namespace)?;
     }
+    if let Some(directory) = &arguments.stdio {
+        return Err(with_stdio(directory));
+    }
     match arguments.what {
         What::Exec { argv } => {
             let Some((program, rest)) = argv.split_first() else { bail!("an empty command") };
@@ -72,5 +84,27 @@ fn main() -> Result<()> {
             Ok(())
         }
         What::Role(role) => role.play(),
+    }
+}
+
+/// Executes this program anew, without the option, between the two pipes.
+fn with_stdio(directory: &Path) -> anyhow::Error {
+    let open = |name: &str, options: &OpenOptions| {
+        let path = directory.join(name);
+        options.open(&path).with_context(|| path.display().to_string())
+    };
+    let again = || -> Result<std::io::Error> {
+        let input = open("in", File::options().read(true))?;
+        let output = open("out", File::options().write(true))?;
+        let mut own = std::env::args_os();
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0(own.next().unwrap_or_default()).stdin(input).stdout(output);
+        // The option and its value are the first two.
+        command.args(own.skip(2));
+        Ok(command.exec())
+    };
+    match again() {
+        Ok(error) => anyhow::Error::new(error).context("cannot execute itself"),
+        Err(error) => error,
     }
 }

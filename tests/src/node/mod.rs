@@ -9,10 +9,10 @@ use std::{
     collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::mount::MountFlags;
 
 use crate::{
@@ -23,6 +23,7 @@ use crate::{
     link::Switch,
     netns,
     process::{Output, Place, Running},
+    runtime::Runtime,
     traffic::{Role, roles},
 };
 
@@ -53,6 +54,8 @@ pub struct Node {
     family: Family,
     taken: Mutex<Hosts>,
     kubelet: Mutex<Option<Running>>,
+    /// What makes its pods, when that is not the lab itself.
+    runtime: Option<Arc<Runtime>>,
     background: Mutex<Vec<Running>>,
 }
 
@@ -106,10 +109,30 @@ impl Node {
             family,
             taken: Mutex::new(Hosts { taken: BTreeSet::new(), last: 1 }),
             kubelet: Mutex::new(None),
+            runtime: None,
             background: Mutex::new(Vec::new()),
         };
         node.start_kubelet()?;
         Ok(node)
+    }
+
+    /// Gives it a real container runtime, before its first pod.
+    pub(crate) fn start_runtime(&mut self) -> Result<()> {
+        ensure!(
+            self.driver == CgroupDriver::Cgroupfs,
+            "containerd asks systemd for the systemd driver's cgroups: the lab has none"
+        );
+        let directory = self.run_dir.with_file_name("containerd");
+        let place = self.system_place();
+        let started = Runtime::start(&directory, &self.name, self.number, self.family, &place)
+            .with_context(|| format!("{}: containerd", self.name))?;
+        self.runtime = Some(Arc::new(started));
+        Ok(())
+    }
+
+    /// Its container runtime, when it has a real one.
+    pub(crate) fn runtime(&self) -> Option<&Arc<Runtime>> {
+        self.runtime.as_ref()
     }
 
     /// Its network namespace's file.
@@ -260,6 +283,9 @@ impl Node {
     /// Ends what runs on the node besides pods and agent.
     pub(crate) fn stop(&self) {
         self.stop_kubelet();
+        if let Some(runtime) = &self.runtime {
+            runtime.stop();
+        }
         self.background.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 }

@@ -2,11 +2,12 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, atomic::AtomicBool},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, OnceLock, atomic::AtomicBool},
     time::Duration,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::{Inner, Pod, Program};
@@ -19,6 +20,7 @@ use crate::{
     netns,
     node::Node,
     process::{Place, Running},
+    runtime::{self, Runtime},
     traffic::{Role, roles},
 };
 
@@ -36,7 +38,7 @@ pub struct Container {
 pub(crate) struct Surroundings {
     pub(crate) cluster: Arc<ClusterDir>,
     pub(crate) node: Arc<Node>,
-    pub(crate) logs: std::path::PathBuf,
+    pub(crate) logs: PathBuf,
     /// The lab's name, which the pod's parts carry.
     pub(crate) lab: String,
     /// The lab's list of its pods.
@@ -61,6 +63,8 @@ pub struct PodBuilder {
     pub(super) host_network: bool,
     pub(super) delay: Option<Duration>,
     pub(super) runtime_class: Option<String>,
+    /// Its object is in the API already, as it was before its sandbox died.
+    pub(super) remade: bool,
     /// A manifest that the object is built from.
     pub(super) object: Option<Value>,
 }
@@ -83,6 +87,7 @@ impl PodBuilder {
             host_network: false,
             delay: None,
             runtime_class: None,
+            remade: false,
             object: None,
         }
     }
@@ -141,6 +146,13 @@ impl PodBuilder {
         self
     }
 
+    /// The same pod with a new sandbox, as the kubelet makes one when the old one has died
+    /// ([`Pod::end_sandbox`]): the API goes on saying the old address until the new one is known.
+    pub fn remake(mut self, old: &Pod) -> Self {
+        self.remade = true;
+        self.uid(old.uid())
+    }
+
     /// Runs in the node's network.
     pub fn host_network(mut self) -> Self {
         self.host_network = true;
@@ -168,8 +180,10 @@ impl PodBuilder {
 
     fn start_now(mut self) -> Result<Pod> {
         // Bind: the API knows the pod and its node, nothing else exists yet.
-        let object = self.bound_object();
-        self.surroundings.cluster.apply(object)?;
+        if !self.remade {
+            let object = self.bound_object();
+            self.surroundings.cluster.apply(object)?;
+        }
 
         // Sandbox: cgroup, network namespace, addresses, pause.
         let cgroup = self.surroundings.node.driver.pod_directory(
@@ -178,16 +192,8 @@ impl PodBuilder {
             &self.uid,
         );
         cgroup::create(&cgroup)?;
-        let sandbox = self.sandbox()?;
-        let main_directory = cgroup
-            .join(self.surroundings.node.driver.container_directory(&kubelet::container_id()));
-        cgroup::create(&main_directory)?;
-        let main = Place {
-            runtime_netns: Some(self.surroundings.node.netns().to_owned()),
-            cgroup: main_directory,
-            netns: sandbox.netns.clone(),
-            logs: self.surroundings.logs.clone(),
-        };
+        let sandbox = self.sandbox(&cgroup)?;
+        let runtime_netns = self.surroundings.node.netns().to_owned();
         let pod = Pod(Arc::new(Inner {
             namespace: self.namespace,
             name: self.name,
@@ -197,21 +203,29 @@ impl PodBuilder {
             host: sandbox.host,
             addresses: sandbox.addresses,
             netns_name: sandbox.netns_name,
+            cgroup: cgroup.clone(),
+            sandbox: Place {
+                runtime_netns: Some(runtime_netns),
+                cgroup,
+                netns: sandbox.netns.clone(),
+                logs: self.surroundings.logs.clone(),
+            },
             netns: sandbox.netns,
-            cgroup,
-            main,
+            contained: sandbox.contained,
+            main: OnceLock::new(),
             processes: Mutex::new(Vec::new()),
             gone: AtomicBool::new(false),
         }));
         self.surroundings.pods.lock().unwrap_or_else(|e| e.into_inner()).push(pod.clone());
-        let pause = Container { name: "pause".into(), program: Program::Role(Role::Pause) };
-        let place = pod.container_place()?;
-        let mut pause_process = pod.start_container(&pause, &place)?;
-        pause.program.wait_started(&place, &mut pause_process)?;
-        pod.processes().push((pause.name, pause_process));
+        if pod.0.contained.is_none() {
+            let pause = Container { name: "pause".into(), program: Program::Role(Role::Pause) };
+            let (mut running, place) = pod.start_container(&pause)?;
+            pause.program.wait_started(&place, &mut running)?;
+            pod.processes().push((pause.name, running));
+        }
 
         for container in &self.init {
-            let mut running = pod.start_container(container, &pod.container_place()?)?;
+            let (mut running, _) = pod.start_container(container)?;
             let status = running.wait(Duration::from_secs(60));
             let said = running.said();
             pod.processes().push((container.name.clone(), running));
@@ -222,9 +236,10 @@ impl PodBuilder {
             self.containers
                 .push(Container { name: "main".into(), program: Program::Role(Role::Pause) });
         }
-        for (index, container) in self.containers.iter().enumerate() {
-            let place = if index == 0 { pod.place().clone() } else { pod.container_place()? };
-            let mut running = pod.start_container(container, &place)?;
+        for container in &self.containers {
+            let (mut running, place) = pod.start_container(container)?;
+            // The first one is where commands run.
+            let _ = pod.0.main.set(place.clone());
             container.program.wait_started(&place, &mut running)?;
             pod.processes().push((container.name.clone(), running));
         }
@@ -232,22 +247,56 @@ impl PodBuilder {
         Ok(pod)
     }
 
-    fn sandbox(&self) -> Result<Sandbox> {
+    fn sandbox(&self, cgroup: &Path) -> Result<Sandbox> {
+        if let Some(runtime) = self.surroundings.node.runtime() {
+            return self.contained(runtime, cgroup);
+        }
         if self.host_network {
             return Ok(Sandbox {
                 host: None,
                 addresses: self.surroundings.node.addresses,
                 netns_name: None,
                 netns: self.surroundings.node.netns().to_owned(),
+                contained: None,
             });
         }
         let (host, addresses) = self.surroundings.node.take_addresses(self.host)?;
-        // The lab's and the pod's number: short, and unique while the pod lives.
-        let netns_name =
-            format!("{}-pod-{}", self.surroundings.lab, &self.uid[..self.uid.len().min(18)]);
+        let netns_name = self.netns_name();
         let netns = netns::create(&netns_name)?;
         self.surroundings.node.connect_pod(host, &netns_name, &addresses)?;
-        Ok(Sandbox { host: Some(host), addresses, netns_name: Some(netns_name), netns })
+        let (host, netns_name) = (Some(host), Some(netns_name));
+        Ok(Sandbox { host, addresses, netns_name, netns, contained: None })
+    }
+
+    /// The lab's and the pod's number: short, and unique while the pod lives.
+    fn netns_name(&self) -> String {
+        format!("{}-pod-{}", self.surroundings.lab, &self.uid[..self.uid.len().min(18)])
+    }
+
+    /// A sandbox that a real runtime makes.
+    fn contained(&self, runtime: &Arc<Runtime>, cgroup: &Path) -> Result<Sandbox> {
+        ensure!(self.host.is_none(), "a real CNI plugin gives what address it likes");
+        let node = &self.surroundings.node;
+        let parent = cgroup::path_below_mount(cgroup)?;
+        let made = runtime.run_sandbox(
+            &self.uid,
+            &self.namespace,
+            &self.name,
+            &parent,
+            self.host_network,
+        )?;
+        let (addresses, netns, netns_name) = if self.host_network {
+            (node.addresses, node.netns().to_owned(), None)
+        } else {
+            // `ip -n` knows namespaces by their names in one directory.
+            let name = self.netns_name();
+            let link = netns::path(&name);
+            std::os::unix::fs::symlink(&made.netns, &link)
+                .with_context(|| link.display().to_string())?;
+            (made.addresses, made.netns.clone(), Some(name))
+        };
+        let contained = Some((Arc::clone(runtime), made));
+        Ok(Sandbox { host: None, addresses, netns_name, netns, contained })
     }
 
     /// The object as the scheduler leaves it: bound to a node, pending.
@@ -304,7 +353,8 @@ struct Sandbox {
     host: Option<u8>,
     addresses: Addresses,
     netns_name: Option<String>,
-    netns: std::path::PathBuf,
+    netns: PathBuf,
+    contained: Option<(Arc<Runtime>, runtime::Sandbox)>,
 }
 
 impl Program {
@@ -317,6 +367,15 @@ impl Program {
                 let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
                 place.start_program(name, &argv)
             }
+        }
+    }
+
+    /// The helper's arguments, for a container of an image that has nothing else.
+    pub(super) fn arguments(&self) -> Result<Vec<String>> {
+        match self {
+            Self::Role(role) => role.argv(),
+            Self::Worker(arguments) => Ok(arguments.clone()),
+            Self::Command(argv) => bail!("the lab's image has the helper alone, not {argv:?}"),
         }
     }
 

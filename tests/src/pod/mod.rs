@@ -7,7 +7,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -30,6 +30,7 @@ use crate::{
     kubelet, netns,
     node::Node,
     process::{Output, Place, Running},
+    runtime::{self, Contained, Runtime},
     traffic::Role,
 };
 
@@ -50,7 +51,12 @@ struct Inner {
     netns_name: Option<String>,
     netns: PathBuf,
     cgroup: PathBuf,
-    main: Place,
+    /// Its network, and the pod's cgroup itself.
+    sandbox: Place,
+    /// Where its first container runs, once it does.
+    main: OnceLock<Place>,
+    /// What made it, when that is a real runtime.
+    contained: Option<(Arc<Runtime>, runtime::Sandbox)>,
     processes: Mutex<Vec<(String, Running)>>,
     gone: AtomicBool,
 }
@@ -128,7 +134,7 @@ impl Pod {
 
     /// Where its main container's processes run.
     pub fn place(&self) -> &Place {
-        &self.0.main
+        self.0.main.get().unwrap_or(&self.0.sandbox)
     }
 
     /// The key of its object in the cluster directory.
@@ -138,7 +144,7 @@ impl Pod {
 
     /// Runs a command in the main container to its end.
     pub fn exec(&self, argv: &[&str]) -> Result<Output> {
-        self.0.main.run(argv)
+        self.place().run(argv)
     }
 
     /// Plain curl, with a time limit of 5 s.
@@ -149,7 +155,7 @@ impl Pod {
     /// Starts a role in the main container.
     pub fn start(&self, role: &Role) -> Result<Running> {
         let name = format!("{}-{}-{}", self.0.namespace, self.0.name, role.name());
-        self.0.main.start_role(&name, &role.argv()?)
+        self.place().start_role(&name, &role.argv()?)
     }
 
     /// Runs a role in the main container until its report.
@@ -241,13 +247,43 @@ impl Pod {
         self.0.cluster.delete(&self.key())
     }
 
+    /// Deletes it from the API while its processes run on, as `kubectl delete --force` does;
+    /// [`Self::dismantle`] ends them.
+    pub fn forget(&self) -> Result<()> {
+        self.0.cluster.delete(&self.key())
+    }
+
     /// Ends its processes and removes its parts; the API's object stays.
     pub fn dismantle(&self) {
+        self.end(|| cgroup::kill_and_remove_everywhere(&self.0.cgroup));
+    }
+
+    /// Its sandbox dies: processes, namespace, addresses. The pod's cgroup and object stay, for
+    /// [`PodBuilder::remake`].
+    pub fn end_sandbox(&self) {
+        self.end(|| {
+            for container in cgroup::children(&self.0.cgroup) {
+                cgroup::kill_and_remove(&container);
+            }
+        });
+    }
+
+    fn end(&self, end_cgroup: impl FnOnce()) {
         if self.0.gone.swap(true, Ordering::Relaxed) {
             return;
         }
+        if let Some((runtime, sandbox)) = &self.0.contained {
+            if let Some(name) = &self.0.netns_name {
+                // A link to what the runtime made: CNI ends that.
+                let _ = std::fs::remove_file(netns::path(name));
+            }
+            runtime.end_sandbox(&sandbox.id);
+            self.processes().clear();
+            end_cgroup();
+            return;
+        }
         self.processes().clear();
-        cgroup::kill_and_remove(&self.0.cgroup);
+        end_cgroup();
         if let Some(name) = &self.0.netns_name {
             netns::delete(name);
         }
@@ -270,6 +306,11 @@ impl Pod {
             .spawn(move || {
                 thread::sleep(delay);
                 let Some(pod) = pod.upgrade().map(Pod) else { return };
+                // Nothing is said of a pod whose sandbox or object is gone.
+                let is_gone = pod.0.gone.load(Ordering::Relaxed);
+                if is_gone || pod.0.cluster.get(&pod.key()).is_none() {
+                    return;
+                }
                 // A pod that was removed meanwhile has no object to change.
                 if let Err(error) = pod.publish()
                     && !pod.0.gone.load(Ordering::Relaxed)
@@ -294,16 +335,27 @@ impl Pod {
         self.0.cluster.change(&self.key(), |object| object["status"] = status)
     }
 
-    /// A new container's cgroup, as the runtime makes it.
-    fn container_place(&self) -> Result<Place> {
-        let id = kubelet::container_id();
-        let directory = self.0.cgroup.join(self.0.node.driver.container_directory(&id));
-        cgroup::create(&directory)?;
-        Ok(Place { cgroup: directory, ..self.0.main.clone() })
-    }
-
-    fn start_container(&self, container: &Container, place: &Place) -> Result<Running> {
+    /// Starts a container, in a cgroup of its own as the runtime makes it.
+    fn start_container(&self, container: &Container) -> Result<(Running, Place)> {
         let name = format!("{}-{}-{}", self.0.namespace, self.0.name, container.name);
-        container.program.start(place, &name)
+        let place_of = |id: &str| {
+            let cgroup = self.0.cgroup.join(self.0.node.driver.container_directory(id));
+            Place { cgroup, ..self.0.sandbox.clone() }
+        };
+        match &self.0.contained {
+            None => {
+                let place = place_of(&kubelet::container_id());
+                cgroup::create(&place.cgroup)?;
+                Ok((container.program.start(&place, &name)?, place))
+            }
+            Some((runtime, sandbox)) => {
+                let arguments = container.program.arguments()?;
+                let (contained, input, output) =
+                    Contained::start(runtime, sandbox, &container.name, &arguments)?;
+                let place = place_of(contained.id());
+                let logs = &place.logs;
+                Ok((Running::contained(contained, input, output, &name, logs)?, place))
+            }
+        }
     }
 }

@@ -25,6 +25,9 @@ pub(super) fn play(role: &FirstMoment) -> Result<()> {
             }
             Err(outcome) => outcome,
         };
+        if report.outcomes.is_empty() {
+            report.first_outcome.clone_from(&outcome);
+        }
         *report.outcomes.entry(outcome).or_default() += 1;
         if role.until_answered && report.answered_us.is_some() {
             break;

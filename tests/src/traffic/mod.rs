@@ -6,6 +6,7 @@
 //! "until told" ends when its standard input closes; a server reports when it reads `report`.
 
 mod bulk;
+mod caller;
 mod connect_flood;
 mod dial;
 mod echo;
@@ -52,6 +53,8 @@ pub enum Role {
     HttpServer(HttpServer),
     /// Dials once and tells what came of it.
     Dial(Dial),
+    /// Dials its destinations in turn until told to stop, and tells what came of each call.
+    Caller(Caller),
     /// Sends an HTTP request at an interval until told to stop.
     Load(Load),
     /// Holds connections open and tells when each ends.
@@ -113,6 +116,7 @@ impl Role {
             Self::TcpServer(_) => "tcp-server",
             Self::HttpServer(_) => "http-server",
             Self::Dial(_) => "dial",
+            Self::Caller(_) => "caller",
             Self::Load(_) => "load",
             Self::Hold(_) => "hold",
             Self::Hammer(_) => "hammer",
@@ -143,6 +147,7 @@ impl Role {
             Self::TcpServer(role) => tcp_server::play(&role),
             Self::HttpServer(role) => http::play(&role),
             Self::Dial(role) => dial::play(&role),
+            Self::Caller(role) => caller::play(&role),
             Self::Load(role) => load::play(&role),
             Self::Hold(role) => hold::play(&role),
             Self::Hammer(role) => hammer::play(role),

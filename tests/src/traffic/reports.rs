@@ -16,6 +16,30 @@ pub struct Seen {
     pub local: SocketAddr,
     /// What the client said.
     pub text: String,
+    /// Which server this is.
+    #[serde(default)]
+    pub tag: u32,
+    /// Microseconds since 1970.
+    #[serde(default)]
+    pub at: u64,
+}
+
+/// One call of a caller.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Call {
+    /// Microseconds since 1970, before it dialled.
+    pub begin: u64,
+    /// Microseconds since 1970, when it had its answer or failure.
+    pub end: u64,
+    /// Whom it dialled.
+    pub to: SocketAddr,
+    /// As in [`DialReport::outcome`].
+    pub outcome: String,
+    /// getsockname() after connect.
+    pub local: Option<SocketAddr>,
+    /// Which server answered.
+    pub tag: Option<u32>,
 }
 
 /// What came of a dial. `outcome` is `answered`, or `<step>:<error>` such as
@@ -213,6 +237,8 @@ pub struct ConnectFloodReport {
 pub struct FirstMomentReport {
     /// Microseconds between the process's begin and its first connect().
     pub first_dial_us: u64,
+    /// What came of the first attempt.
+    pub first_outcome: String,
     /// Outcome → how often.
     pub outcomes: BTreeMap<String, u64>,
     /// Microseconds until the first answer.

@@ -80,6 +80,24 @@ impl Default for Dial {
     }
 }
 
+/// See [`super::Role::Caller`].
+#[derive(Clone, Debug, Default, Serialize, Deserialize, clap::Args)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Caller {
+    /// TCP servers of the lab.
+    #[arg(long, required = true)]
+    pub to: Vec<SocketAddr>,
+    /// What to say: who it is.
+    #[arg(long, default_value = "hello")]
+    pub text: String,
+    /// Pause between two calls.
+    #[arg(long, default_value_t = 20)]
+    pub interval_ms: u64,
+    /// Limit of each step of a call.
+    #[arg(long, default_value_t = 1000)]
+    pub timeout_ms: u64,
+}
+
 /// See [`super::Role::Load`].
 #[derive(Clone, Debug, Serialize, Deserialize, clap::Args)]
 #[serde(default, rename_all = "camelCase")]

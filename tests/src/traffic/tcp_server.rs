@@ -20,6 +20,7 @@ use super::{
     emit, report_when_asked,
     reports::{Seen, TcpServerReport},
     roles::TcpServer,
+    unix_micros,
 };
 
 #[derive(Default)]
@@ -94,7 +95,7 @@ fn answer(
         echo::NONCE => nonce(stream, tag, counts),
         echo::BULK => bulk::serve(stream),
         echo::ECHO => echo_all(stream),
-        echo::HELLO => hello(stream, accepted, counts),
+        echo::HELLO => hello(stream, accepted, tag, counts),
         _ => {
             counts.bytes.fetch_add(1 + drain(stream), Relaxed);
             Ok(())
@@ -119,7 +120,12 @@ fn nonce(mut stream: TcpStream, tag: u32, counts: &Counts) -> std::io::Result<()
     Ok(())
 }
 
-fn hello(mut stream: TcpStream, accepted: SocketAddr, counts: &Counts) -> std::io::Result<()> {
+fn hello(
+    mut stream: TcpStream,
+    accepted: SocketAddr,
+    tag: u32,
+    counts: &Counts,
+) -> std::io::Result<()> {
     let mut line = String::new();
     let read = BufReader::new(&stream).take(64 << 10).read_line(&mut line)?;
     counts.bytes.fetch_add(read as u64 + 1, Relaxed);
@@ -130,6 +136,8 @@ fn hello(mut stream: TcpStream, accepted: SocketAddr, counts: &Counts) -> std::i
         peer: canonical(stream.peer_addr()?),
         local: canonical(stream.local_addr()?),
         text,
+        tag,
+        at: unix_micros(),
     };
     emit("hello", &seen);
     writeln!(stream, "{}", serde_json::to_string(&seen)?)?;

@@ -208,6 +208,11 @@ pub fn is_masked() -> bool {
     std::env::var_os("SIGNET_MASK_FEATURES").is_some_and(|mask| !mask.is_empty())
 }
 
+/// True when a real container runtime makes the pods.
+pub fn is_contained() -> bool {
+    std::env::var("SIGNET_LAB_BACKEND").is_ok_and(|backend| backend == "containerd")
+}
+
 /// True for an outcome that programs retry: the refusal of a pod that is not known yet. A
 /// kernel that cannot choose the errno (or is told so) says EPERM.
 pub fn retriable(outcome: &str) -> bool {

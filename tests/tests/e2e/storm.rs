@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use signet_lab::{
     agent::Agent,
     eventually,
@@ -13,7 +13,10 @@ use signet_lab::{
     },
 };
 
-use crate::mesh::{Mesh, TIMEOUT, answered_soon, with_logs};
+use crate::{
+    held::{Held, as_before},
+    mesh::{Mesh, TIMEOUT, answered_soon, with_logs},
+};
 
 /// Connections in all; `SIGNET_LAB_STORM` makes it shorter while developing.
 fn connections() -> u64 {
@@ -86,15 +89,7 @@ fn sixty_thousand_short_connections_reach_whom_they_dialled() -> Result<()> {
         }
         ensure!(nonces >= answered, "{nonces} nonces for {answered} answers");
 
-        for (agent, before) in lab.agents().iter().zip(before) {
-            eventually("nothing is left", Duration::from_secs(60), || {
-                let now = Held::of(agent)?;
-                now.no_more_than(&before)
-                    .with_context(|| format!("{}: {before:?} {now:?}", agent.node().name))?;
-                Ok(Some(()))
-            })?;
-        }
-        Ok(())
+        as_before(lab.agents(), &before, Duration::from_secs(60))
     })
 }
 
@@ -122,41 +117,4 @@ fn storm(
         client.wait(TIMEOUT)?;
     }
     reports
-}
-
-/// What an agent holds.
-#[derive(Debug)]
-struct Held {
-    maps: Vec<(&'static str, usize)>,
-    /// Connections that the raw guard knows of: pooled ones, each a descriptor.
-    tunnels: usize,
-    usage: signet_lab::agent::Usage,
-    open_flows: u64,
-}
-
-impl Held {
-    fn of(agent: &Agent) -> Result<Self> {
-        let maps = agent.map_entries()?;
-        let tunnels = maps.get("TUNNELS").copied().unwrap_or(usize::MAX);
-        let maps = ["ORIGINALS", "CLIENTS", "ATTESTED", "PODS", "OWN", "ADDRESSES"]
-            .into_iter()
-            .map(|name| (name, maps.get(name).copied().unwrap_or_default()))
-            .collect();
-        let status = agent.status()?;
-        let open_flows = status["counters"]["openFlows"].as_u64().unwrap_or_default();
-        Ok(Self { maps, tunnels, usage: agent.usage()?, open_flows })
-    }
-
-    fn no_more_than(&self, before: &Self) -> Result<()> {
-        for ((name, now), (_, then)) in self.maps.iter().zip(&before.maps) {
-            ensure!(now <= then, "{name} has {now} entries, {then} before");
-        }
-        ensure!(self.tunnels <= self.usage.descriptors, "{} tunnels", self.tunnels);
-        // Pooled connections that idle out meanwhile make it fewer.
-        let (now, then) = (self.usage, before.usage);
-        ensure!(now.descriptors <= then.descriptors + 4, "descriptors {then:?} {now:?}");
-        ensure!(now.threads <= then.threads, "threads {then:?} {now:?}");
-        ensure!(self.open_flows <= before.open_flows, "open flows {}", self.open_flows);
-        Ok(())
-    }
 }
