@@ -22,6 +22,7 @@ mod life_lines;
 mod lifecycle;
 mod limits;
 mod mesh;
+mod node_ports;
 mod pid_reuse;
 mod policy;
 mod prometheus;

@@ -1,12 +1,15 @@
 //! Services beyond a virtual address with ready endpoints: whose endpoints a client is given, and
 //! by which other addresses it gets there.
 
-use std::{collections::BTreeSet, net::SocketAddr};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use signet_lab::{
-    Service,
+    Service, address,
     cluster_dir::ObjectKey,
     eventually,
     pod::Pod,
@@ -31,6 +34,25 @@ fn apply(mesh: &Mesh, name: &str, more: &Value) -> Result<Service> {
         }
     }
     mesh.lab.apply_service(object)
+}
+
+/// A slice of a Service without a selector, with these endpoints.
+fn slice(mesh: &Mesh, service: &str, endpoints: &[IpAddr]) -> Result<()> {
+    let is_v4 = endpoints.iter().all(IpAddr::is_ipv4);
+    let endpoints: Vec<Value> = endpoints
+        .iter()
+        .map(|ip| json!({"addresses": [ip.to_string()], "conditions": {"ready": true}}))
+        .collect();
+    mesh.lab.cluster().apply(json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": {
+            "name": format!("{service}-1"), "namespace": "shop",
+            "labels": {"kubernetes.io/service-name": service},
+        },
+        "addressType": if is_v4 { "IPv4" } else { "IPv6" },
+        "ports": [{"name": "tcp", "port": TCP, "protocol": "TCP"}],
+        "endpoints": endpoints,
+    }))
 }
 
 /// Who answers, over some dials.
@@ -65,7 +87,10 @@ fn endpoints_by_node_affinity_and_address() -> Result<()> {
         let at = |service: &Service| SocketAddr::new(service.addresses.first(), 80);
 
         let anywhere = apply(mesh, "anywhere", &Value::Null)?;
-        are(frontend, at(&anywhere), &[1, 2])?;
+        // One of both families leads to each by either.
+        for ip in anywhere.addresses.all() {
+            are(frontend, SocketAddr::new(ip, 80), &[1, 2])?;
+        }
         let local = apply(mesh, "local", &json!({"spec": {"internalTrafficPolicy": "Local"}}))?;
         are(frontend, at(&local), &[1])?;
         are(payments, at(&local), &[2])?;
@@ -99,19 +124,92 @@ fn endpoints_by_node_affinity_and_address() -> Result<()> {
 
         // Without a selector: the slice says who is behind it.
         let by_hand = apply(mesh, "by-hand", &json!({"spec": {"selector": null}}))?;
-        let family = if at(&by_hand).is_ipv4() { "IPv4" } else { "IPv6" };
-        lab.cluster().apply(json!({
-            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-            "metadata": {
-                "name": "by-hand-1", "namespace": "shop",
-                "labels": {"kubernetes.io/service-name": "by-hand"},
-            },
-            "addressType": family,
-            "ports": [{"name": "tcp", "port": TCP, "protocol": "TCP"}],
-            "endpoints": [{"addresses": [far.ip().to_string()], "conditions": {"ready": true}}],
-        }))?;
+        slice(mesh, "by-hand", &[far.ip()])?;
         are(frontend, at(&by_hand), &[2])?;
+        mixed(mesh, &far)?;
+        without_address(mesh)?;
         lab.cluster().delete(&ObjectKey::new("EndpointSlice", "shop", "by-hand-1"))?;
         refused_soon(frontend, at(&by_hand)).map(drop)
     })
+}
+
+/// Behind one address: a pod that is served, one that is off, one that is enrolled and served by
+/// nobody, and an address of the pods' range that nobody has. A strict client is given the first
+/// two, each in its way, and never an error because of the others.
+fn mixed(mesh: &Mesh, served: &Pod) -> Result<()> {
+    let Mesh { lab, frontend, .. } = mesh;
+    let role = TcpServer { listen: vec![any(TCP)], tag: 7, ..Default::default() };
+    let board = lab
+        .pod_on(lab.node("node-2")?, "legacy", "board")
+        .container("main", Role::TcpServer(role))
+        .start()?;
+    board.wait_published()?;
+    lab.wait_state(&board, "off")?;
+    let [nobody, ghost] = [240, 241].map(|host| address::pod(lab.family(), 2, host).first());
+    lab.cluster().apply(json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": "ghost", "namespace": "shop", "uid": "9f6e2d0c-0000-4000-8000-0057ab1e0001"},
+        "spec": {
+            "nodeName": "node-2", "serviceAccountName": "default",
+            "containers": [{"name": "main", "image": "none"}],
+        },
+        "status": {
+            "phase": "Running", "podIP": ghost.to_string(), "podIPs": [{"ip": ghost.to_string()}],
+        },
+    }))?;
+    let service = apply(mesh, "mixed", &json!({"spec": {"selector": null}}))?;
+    slice(mesh, "mixed", &[served.ip(), board.ip(), ghost, nobody])?;
+    are(frontend, SocketAddr::new(service.addresses.first(), 80), &[2, 7])?;
+    for (to, via) in [("shop/web-2", "mtls"), ("legacy/board", "plaintext")] {
+        let flow = verdict(lab, "node-1", "source", "shop/frontend", to, "FORWARDED", "allowed")?;
+        ensure!(flow.via == via, "{flow}");
+    }
+    // The controls: by themselves neither is reached.
+    for (to, reason) in [(ghost, "peer_unreachable"), (nobody, "identity_unknown")] {
+        refused_soon(frontend, SocketAddr::new(to, TCP))?;
+        lab.agent("node-1")?.wait_flow("the refusal", &[], |flow| {
+            flow.destination.ip == Some(to.to_string()) && flow.is("DROPPED", reason)
+        })?;
+    }
+    Ok(())
+}
+
+/// Services that are only names: headless ones, whose clients dial pods (as tests do elsewhere),
+/// and external names. Known, no fault of anybody's, and nobody's address.
+fn without_address(mesh: &Mesh) -> Result<()> {
+    let agent = mesh.lab.agent("node-1")?;
+    let before = agent.status()?["problems"].clone();
+    for (name, spec) in [
+        (
+            "headless",
+            json!({
+                "clusterIP": "None", "clusterIPs": ["None"], "selector": {"app": "web"},
+                "ports": [{"name": "tcp", "port": TCP, "protocol": "TCP"}],
+            }),
+        ),
+        ("elsewhere", json!({"type": "ExternalName", "externalName": "db.example.org"})),
+    ] {
+        mesh.lab.cluster().apply(json!({
+            "apiVersion": "v1", "kind": "Service",
+            "metadata": {"name": name, "namespace": "shop"}, "spec": spec,
+        }))?;
+    }
+    let known = |name: &str| -> Result<Value> {
+        let said = agent.cli(&["services", &format!("shop/{name}"), "-o", "json"])?.success()?;
+        let node: Value = serde_json::from_str(&said)?;
+        Ok(node["services"][0].clone())
+    };
+    let headless = eventually("the headless Service's pods are known", CHANGE, || {
+        let service = known("headless")?;
+        let endpoints = service["ports"][0]["endpoints"].as_array().map_or(0, Vec::len);
+        Ok((endpoints >= 2).then_some(service))
+    })?;
+    let endpoints = headless["ports"][0]["endpoints"].as_array().into_iter().flatten();
+    let ways: BTreeSet<Option<&str>> = endpoints.map(|e| e["way"].as_str()).collect();
+    ensure!(ways == [Some("tunnel")].into() && headless["addresses"] == json!([]), "{headless}");
+    let elsewhere = known("elsewhere")?;
+    ensure!(elsewhere["addresses"] == json!([]) && elsewhere["ports"] == json!([]), "{elsewhere}");
+    let now = agent.status()?["problems"].clone();
+    ensure!(now == before, "{before} became {now}");
+    Ok(())
 }
