@@ -99,6 +99,7 @@ fn labels_policies_and_the_override_work_through_the_api() -> Result<()> {
         }
         watches_are_shown(mesh)?;
         replaced_agents_stay_announced(mesh, api)?;
+        viewers_see_all_nodes(mesh, api)?;
         policies_decide(mesh, api)?;
         the_override_goes_before_all(mesh, api)?;
 
@@ -166,6 +167,40 @@ fn replaced_agents_stay_announced(mesh: &Mesh, api: &ApiServer) -> Result<()> {
     for mut old in old {
         ensure!(old.wait(TIMEOUT)?.code() == Some(0));
     }
+    Ok(())
+}
+
+/// From outside through the API server: what the agents of both nodes saw.
+fn viewers_see_all_nodes(mesh: &Mesh, api: &ApiServer) -> Result<()> {
+    for node in mesh.lab.nodes() {
+        api.forward_to(&node.name, node.netns());
+    }
+    let look = |arguments: &[&str]| -> Result<(Option<i32>, String, String)> {
+        let mut command = Command::new(signet_binary()?);
+        command.args(arguments).arg("--kubeconfig").arg(api.kubeconfig());
+        let output = command.env_remove("SIGNET_SOCKET").output()?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Ok((output.status.code(), text(&output.stdout), text(&output.stderr)))
+    };
+    let (code, text, errors) = look(&["status", "--all-nodes"])?;
+    ensure!(
+        matches!(code, Some(0 | 1)) && text.contains("node-1") && text.contains("node-2"),
+        "{code:?} {text} {errors}"
+    );
+    let (code, text, errors) =
+        look(&["flows", "-o", "compact", "--to-pod", "shop/payments", "--last", "20"])?;
+    ensure!(
+        code == Some(0)
+            && text.lines().any(|line| {
+                line.contains(" node-2 in shop/frontend:") && line.contains(" tcp mtls FORWARDED ")
+            }),
+        "{code:?} {text} {errors}"
+    );
+    let (code, text, errors) = look(&["endpoints", "shop/payments", "--on-node", "node-2"])?;
+    ensure!(code == Some(0) && text.contains("State      served"), "{code:?} {text} {errors}");
+    // The control: the same port, without the API server's token, tells nothing.
+    let (code, _, errors) = look(&["flows", "--agent-port", "15020"])?;
+    ensure!(code == Some(4) && errors.contains("does not answer on port 15020"), "{errors}");
     Ok(())
 }
 

@@ -114,10 +114,8 @@ fn kubectl_applies_looks_conflicts_and_takes_away() -> Result<()> {
     apply(json!({"action": "Deny", "ingress": [{}]}))?.ok()?;
     let table = kubectl.run("get idp -n shop", None)?.ok()?;
     let mut lines = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-    ensure!(
-        lines.next().is_some_and(|head| head == ["NAME", "ACTION", "ACCEPTED", "REASON", "AGE"]),
-        "{table}"
-    );
+    let columns = ["NAME", "ACTION", "ACCEPTED", "REASON", "ENFORCED", "AGE"];
+    ensure!(lines.next().is_some_and(|head| head == columns), "{table}");
     ensure!(lines.next().is_some_and(|row| row[..2] == ["callers", "Deny"]), "{table}");
 
     // Labels.

@@ -5,6 +5,7 @@
 mod admission;
 mod board;
 mod check;
+mod conditions;
 mod events;
 mod faults;
 mod following;

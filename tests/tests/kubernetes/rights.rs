@@ -14,7 +14,7 @@ use signet::{
 };
 use signet_lab::api_server::{ApiServer, Right};
 
-use super::{Followed, TIMEOUT, namespace, pod};
+use super::{Followed, TIMEOUT, namespace, pod, policy};
 
 const SYSTEM: &str = "signet-system";
 const ACCOUNT: &str = "signet-agent";
@@ -32,6 +32,11 @@ fn shipped() -> Result<Arc<ApiServer>> {
     api.apply(json!({"kind": "Node", "metadata": {"name": "node-1"}}))?;
     api.apply(namespace("shop", "strict"))?;
     api.apply(pod("web", "u-1", "node-1", "10.0.0.1"))?;
+    api.apply(policy("callers", "Allow"))?;
+    let mut everywhere = policy("callers", "Audit");
+    everywhere["kind"] = "ClusterIdentityPolicy".into();
+    everywhere["metadata"] = json!({"name": "callers"});
+    api.apply(everywhere)?;
     api.pod(SYSTEM, POD, ACCOUNT, "node-1")?;
     Ok(Arc::new(api))
 }
@@ -102,6 +107,15 @@ async fn losses(api: &Arc<ApiServer>) -> Result<Vec<String>> {
                 }
             }
             _ => {}
+        }
+        // Policies say whether they hold.
+        for (plural, namespace) in [("identitypolicies", "shop"), ("clusteridentitypolicies", "")] {
+            let status = api.get(plural, namespace, "callers").unwrap_or_default();
+            if refused("patch", &format!("{plural}/status")) {
+                lost.push(format!("cannot patch resource \"{plural}/status\""));
+            } else if !status["status"]["conditions"].is_array() {
+                waits.push(format!("no conditions on {plural}"));
+            }
         }
         // Who looks from outside, and may, is let in.
         if let Err(error) = callers.check(&viewer).await {

@@ -85,7 +85,7 @@ async fn tell(recorder: &Recorder, note: &Note) -> Result<(), String> {
     let event = Event {
         type_: EventType::Warning,
         reason: note.reason.into(),
-        note: Some(shortened(&note.message)),
+        note: Some(shortened(&note.message, MAX_NOTE)),
         action: "Enforcing".into(),
         secondary: None,
     };
@@ -104,8 +104,9 @@ async fn tell(recorder: &Recorder, note: &Note) -> Result<(), String> {
     }
 }
 
-fn shortened(text: &str) -> String {
-    let end = (0..=text.len().min(MAX_NOTE)).rev().find(|at| text.is_char_boundary(*at));
+/// At most so many bytes of it.
+pub(super) fn shortened(text: &str, most: usize) -> String {
+    let end = (0..=text.len().min(most)).rev().find(|at| text.is_char_boundary(*at));
     text[..end.unwrap_or(0)].to_owned()
 }
 

@@ -21,6 +21,11 @@ pub(super) struct Kind {
 }
 
 impl Kind {
+    /// True when conditions are written on its objects.
+    pub(super) fn has_conditions(&self) -> bool {
+        POLICIES.iter().any(|(kind, _)| *kind == self.kind)
+    }
+
     /// True when a server may not have it: then 404 says that there are none.
     pub(super) fn is_optional(&self) -> bool {
         !matches!(self.group, "" | "discovery.k8s.io")
@@ -52,6 +57,10 @@ pub(super) enum Content {
     /// For the Services that the API server calls by it.
     Called,
 }
+
+/// Our own kinds of policies, with the plurals of their paths.
+pub(super) const POLICIES: [(&str, &str); 2] =
+    [("IdentityPolicy", "identitypolicies"), ("ClusterIdentityPolicy", "clusteridentitypolicies")];
 
 /// The ConfigMap that overrides what modes and policies say, with the key `enforcement`.
 pub(super) const ENFORCEMENT: &str = "signet-enforcement";
@@ -151,6 +160,10 @@ pub(super) fn rights(node: &str, namespace: &str) -> Vec<(Right, bool)> {
     for verb in ["create", "patch"] {
         rights.push((Right::of(verb, "signet.dev", "nodeenrolments"), false));
         rights.push((Right::of(verb, "events.k8s.io", "events"), false));
+    }
+    for (_, plural) in POLICIES {
+        let right = Right { subresource: "status", ..Right::of("patch", "signet.dev", plural) };
+        rights.push((right, false));
     }
     rights
 }

@@ -6,13 +6,14 @@
 //! list replaces what is known, a failed one changes nothing, and an object that cannot be
 //! read keeps its last valid state. [`publish`] makes a World of all stores whenever one has
 //! changed. [`board`] is this node's place among the NodeEnrolments, [`events`] tell of objects
-//! with faults where people look.
+//! with faults where people look, and [`conditions`] say of our policies whether they hold.
 //!
 //! All of it runs on a thread of its own with a current-thread runtime: a large cluster's lists
 //! do not hold up the control plane.
 
 pub mod board;
 mod client;
+mod conditions;
 mod events;
 mod follow;
 mod kinds;
@@ -112,6 +113,8 @@ struct Shared {
     changed: Notify,
     /// A World was published, for who tells of it on this thread.
     published: Notify,
+    /// The same, for who writes conditions.
+    conditions: Notify,
     worlds: watch::Sender<Arc<World>>,
 }
 
@@ -214,6 +217,7 @@ fn run(params: KubernetesParams, board: BoardTask, ready: &mpsc::Sender<Started>
             kinds,
             changed: Notify::new(),
             published: Notify::new(),
+            conditions: Notify::new(),
             worlds,
             params,
         });
@@ -230,7 +234,8 @@ fn run(params: KubernetesParams, board: BoardTask, ready: &mpsc::Sender<Started>
         match client::of_calls(&config) {
             Ok(client) => {
                 tasks.spawn(board.run(shared.clone(), client.clone()));
-                tasks.spawn(events::run(shared.clone(), client));
+                tasks.spawn(events::run(shared.clone(), client.clone()));
+                tasks.spawn(conditions::run(shared.clone(), client));
             }
             Err(error) => {
                 let _ = ready.send(Err(error.into()));

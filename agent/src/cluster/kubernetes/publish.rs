@@ -74,6 +74,7 @@ impl Publisher {
         self.world = Arc::new(world);
         self.shared.worlds.send_replace(self.world.clone());
         self.shared.published.notify_one();
+        self.shared.conditions.notify_one();
     }
 
     fn assemble(&mut self) -> World {

@@ -27,6 +27,11 @@ impl Raw {
         (text(&self.metadata.namespace), text(&self.metadata.name))
     }
 
+    /// Counts the changes of what is asked for; 0 where the object says none.
+    pub(super) fn generation(&self) -> i64 {
+        self.value["metadata"]["generation"].as_i64().unwrap_or(0)
+    }
+
     pub(super) fn uid(&self) -> &str {
         self.metadata.uid.as_deref().unwrap_or_default()
     }

@@ -47,6 +47,8 @@ pub(super) struct Reading {
 #[derive(Clone, PartialEq, Debug)]
 struct Entry {
     uid: String,
+    /// `metadata.generation`, of policies: 0 for others, of whose changes it would be made news.
+    generation: i64,
     /// The last that could be read; `None`: nothing ever could, or there is nothing to know.
     good: Option<Known>,
     /// What is wrong with it now.
@@ -122,6 +124,13 @@ impl Store {
         Some(entry.uid.as_str()).filter(|uid| !uid.is_empty())
     }
 
+    /// Namespace, name and generation of all objects.
+    pub(super) fn generations(&self) -> impl Iterator<Item = (&str, &str, i64)> {
+        self.entries
+            .iter()
+            .map(|((namespace, name), entry)| (&**namespace, &**name, entry.generation))
+    }
+
     /// How many objects there are, and how many of them could not be read.
     pub(super) fn counts(&self) -> (usize, usize) {
         let faulty = self.entries.values().filter(|entry| entry.fault.is_some()).count();
@@ -153,13 +162,14 @@ impl Store {
     fn read(&self, kind: &Kind, version: &str, reading: &Reading, raw: Raw) -> (Place, Entry) {
         let place = raw.place();
         let uid = raw.uid().to_owned();
+        let generation = if kind.has_conditions() { raw.generation() } else { 0 };
         let entry = match read(kind, version, reading, &place.1, raw.value) {
-            Ok(good) => Entry { uid, good, fault: None },
+            Ok(good) => Entry { uid, generation, good, fault: None },
             Err(fault) => {
                 // Another object under the same name has nothing to do with what was there.
                 let before = self.entries.get(&place).filter(|entry| entry.uid == uid);
                 let good = before.and_then(|entry| entry.good.clone());
-                Entry { uid, good, fault: Some(fault) }
+                Entry { uid, generation, good, fault: Some(fault) }
             }
         };
         (place, entry)

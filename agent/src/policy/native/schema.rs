@@ -30,7 +30,8 @@ fn definition(is_cluster: bool) -> Value {
     } else {
         (KIND, "identitypolicies", "idp", "Namespaced")
     };
-    let accepted = |field: &str| format!(".status.conditions[?(@.type==\"Accepted\")].{field}");
+    let condition =
+        |kind: &str, field: &str| format!(".status.conditions[?(@.type==\"{kind}\")].{field}");
     json!({
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
@@ -53,8 +54,9 @@ fn definition(is_cluster: bool) -> Value {
                 "subresources": {"status": {}},
                 "additionalPrinterColumns": [
                     {"name": "Action", "type": "string", "jsonPath": ".spec.action"},
-                    {"name": "Accepted", "type": "string", "jsonPath": accepted("status")},
-                    {"name": "Reason", "type": "string", "jsonPath": accepted("reason")},
+                    {"name": "Accepted", "type": "string", "jsonPath": condition("Accepted", "status")},
+                    {"name": "Reason", "type": "string", "jsonPath": condition("Accepted", "reason")},
+                    {"name": "Enforced", "type": "string", "jsonPath": condition("Enforced", "status")},
                     {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"},
                 ],
                 "schema": {"openAPIV3Schema": {
