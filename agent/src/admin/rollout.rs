@@ -1,7 +1,11 @@
 //! What is in the way of a stricter mode of a namespace now: rules of NetworkPolicies, and open
 //! flows in clear. Also those NetworkPolicies as policies on identities.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use signet_ebpf::abi::{Mode, proto};
 use tokio::sync::{mpsc, oneshot};
@@ -18,7 +22,7 @@ use crate::{
     },
     flow::edges::network_of,
     proto::admin::{
-        BlockingRule, CheckRolloutRequest, CheckRolloutResponse, OpenFlow, PortRange,
+        BlockingRule, CheckRolloutRequest, CheckRolloutResponse, NodeNetwork, OpenFlow, PortRange,
         TranslateNetworkPoliciesResponse, TranslatedPeer, TranslatedPolicy, TranslatedRule,
     },
     telemetry::reason,
@@ -100,16 +104,48 @@ fn response(state: &NodeState, namespace: &str, surveyed: &[Surveyed]) -> CheckR
         let protocol = if port.protocol == proto::UDP { "udp" } else { "tcp" };
         format!("{}/{protocol}", port.port)
     });
-    let networks: BTreeSet<String> =
-        world.nodes.values().flatten().map(|ip| network_of(*ip).to_string()).collect();
+    let node_hosts = node_hosts(world);
     CheckRolloutResponse {
         node: state.node.to_string(),
         blocking: blocking.collect(),
         open: open.take(MOST_FLOWS).collect(),
         open_total: total.try_into().unwrap_or(u64::MAX),
         exempt_ports: exempt.collect(),
-        node_networks: networks.into_iter().collect(),
+        node_networks: node_hosts.iter().map(|hosts| hosts.network.clone()).collect(),
+        node_hosts,
+        pod_ranges: world.ranges.pods.iter().map(ToString::to_string).collect(),
     }
+}
+
+/// The nodes by the networks of their own addresses, each with what runs in the host's network
+/// there: those dial under a node's address.
+fn node_hosts(world: &World) -> Vec<NodeNetwork> {
+    let mut on_node = BTreeMap::<&str, BTreeSet<String>>::new();
+    for pod in world.pods.values().filter(|pod| pod.host_network && !pod.finished) {
+        let Some(node) = &pod.node else { continue };
+        let namespace = &pod.name.namespace;
+        let name = match &pod.workload {
+            Some(workload) => format!("{} {namespace}/{}", workload.kind, workload.name),
+            None => format!("pod {namespace}/{}", pod.name.name),
+        };
+        on_node.entry(node).or_default().insert(name);
+    }
+    let mut networks = BTreeMap::<String, (BTreeSet<&str>, BTreeSet<&String>)>::new();
+    for (node, addresses) in &world.nodes {
+        for address in addresses {
+            let (nodes, workloads) = networks.entry(network_of(*address).to_string()).or_default();
+            nodes.insert(node);
+            workloads.extend(on_node.get(&**node).into_iter().flatten());
+        }
+    }
+    networks
+        .into_iter()
+        .map(|(network, (nodes, workloads))| NodeNetwork {
+            network,
+            nodes: nodes.into_iter().map(str::to_owned).collect(),
+            host_workloads: workloads.into_iter().cloned().collect(),
+        })
+        .collect()
 }
 
 fn pod_at(world: &World, ip: std::net::IpAddr) -> String {

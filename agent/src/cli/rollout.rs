@@ -1,11 +1,14 @@
 //! `signet rollout check`: what would break if a namespace went to a stricter mode, by what was
 //! seen of it.
 
+mod callers;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use serde::Serialize;
 
+use self::callers::{Caller, Surroundings};
 use super::{
     edges,
     exit::{Exit, Failure, print},
@@ -40,9 +43,10 @@ Examples:
   signet rollout check shop --to permissive --since 24h -o json
 
 It knows what agents have seen, at most the last seven days: put the namespace into observe
-first, and ask the agents of every node that runs its pods. It also tells the namespace's
-NetworkPolicies that would keep peers from the tunnels' port 15008, and the flows in clear that are
-open now and would be closed. Exits with 1 when anything would break, and when nothing was seen at
+first, and ask the agents of every node that runs its pods. Callers under a node's address (the
+host's network, SNAT) are named with the rule to add. It also tells NetworkPolicies, the namespace's
+own and those of enrolled namespaces, that would keep peers from the tunnels' port 15008, and the
+flows in clear that are open now and would be closed. Exits with 1 when anything would break, and when nothing was seen at
 all.")]
 pub struct CheckArgs {
     #[command(flatten)]
@@ -253,8 +257,7 @@ fn check(
     let mut findings = Vec::new();
     let exempt: BTreeSet<&str> =
         now.iter().flat_map(|answer| &answer.exempt_ports).map(String::as_str).collect();
-    let nodes: BTreeSet<&str> =
-        now.iter().flat_map(|answer| &answer.node_networks).map(String::as_str).collect();
+    let around = Surroundings::of(now);
     // Ports that callers need who cannot be enrolled, with those callers.
     let mut needed: BTreeMap<u32, BTreeSet<String>> = BTreeMap::new();
     for pod in endpoints {
@@ -298,14 +301,15 @@ fn check(
         let of_policy = edge.reason.starts_with("policy_");
         let is_exempt =
             inbound && edge.protocol == 6 && exempt.contains(&*format!("{}/tcp", edge.port));
-        let is_node = nodes.contains(&*source.network);
+        let caller = around.caller(source);
         let (kind, text, remedy) = match &*edge.verdict {
             "AUDIT" if to == Target::Strict || of_policy => {
                 if edge.reason == "plaintext_refused" && is_exempt {
                     continue;
                 }
-                let text = format!("would be dropped: {}", edge.reason);
-                ("verdict", text, remedy(edge, source, is_node))
+                let who = if inbound { caller.text() } else { String::new() };
+                let text = format!("would be dropped: {}{who}", edge.reason);
+                ("verdict", text, remedy(edge, source, caller))
             }
             "FORWARDED"
                 if to == Target::Strict
@@ -317,14 +321,16 @@ fn check(
             {
                 (
                     "plaintext",
-                    "is in clear, which strict refuses".into(),
-                    plaintext(source, is_node),
+                    format!("is in clear, which strict refuses{}", caller.text()),
+                    caller.remedy(source, edge.port),
                 )
             }
             _ => continue,
         };
         let is_plaintext = kind == "plaintext" || edge.reason == "plaintext_refused";
-        if is_plaintext && inbound && !is_node && edge.port != 0 && source.namespace.is_empty() {
+        // What observe judged are no probes of the kubelet: those it lets pass.
+        let may_probe = matches!(caller, Caller::Node(_)) && edge.verdict != "AUDIT";
+        if is_plaintext && inbound && !may_probe && edge.port != 0 && caller != Caller::Pod {
             needed.entry(edge.port).or_default().insert(end(source));
         }
         about_flows.push(Finding {
@@ -390,30 +396,22 @@ fn exempt_ports(
 }
 
 /// What to do about a flow that observe would not let pass.
-fn remedy(edge: &SeenEdge, source: &EdgeEnd, is_node: bool) -> String {
+fn remedy(edge: &SeenEdge, source: &EdgeEnd, caller: Caller<'_>) -> String {
     match &*edge.reason {
-        "plaintext_refused" => plaintext(source, is_node),
+        "plaintext_refused" => caller.remedy(source, edge.port),
         "identity_unknown" => {
             "the address is inside the cluster's ranges and nobody's: see podRanges, \
              serviceRanges and outsideRanges"
                 .into()
         }
+        "policy_no_match" if edge.via == "plaintext" && !source.network.is_empty() => format!(
+            "no policy allows it: add a rule from ipBlocks: [{}] to port {} if it should be",
+            printable(&source.network),
+            edge.port
+        ),
         "policy_no_match" => "no policy allows it: add a rule if it should be".into(),
         "policy_deny" => "a policy denies it: change that if it should pass".into(),
         _ => "see docs/reasons.md".into(),
-    }
-}
-
-/// What to do about a caller in clear.
-fn plaintext(source: &EdgeEnd, is_node: bool) -> String {
-    if !source.namespace.is_empty() {
-        format!("enrol the namespace {} first", printable(&source.namespace))
-    } else if is_node {
-        "a node dials: the kubelet's own probes pass; move others into pods, or exempt the port \
-         (signet.dev/exempt-inbound-ports)"
-            .into()
-    } else {
-        "exempt the port (signet.dev/exempt-inbound-ports) or take the caller into the mesh".into()
     }
 }
 
@@ -533,6 +531,15 @@ mod tests {
         assert!(of(now(&["8080/tcp"], &[])).is_empty());
         let found = of(now(&[], &["10.0.0.0/24"]));
         assert!(found.len() == 1 && found[0].remedy.contains("own probes pass"), "{found:?}");
+        assert!(found[0].text.contains("from a node's own address"), "{found:?}");
+        // What observe refused was no probe: its port is to be exempt.
+        let mut judged = edges[1].clone();
+        (judged.verdict, judged.reason) = ("AUDIT".into(), "plaintext_refused".into());
+        let observed = [pod("observe", "observed")];
+        let nodes = [now(&[], &["10.0.0.0/24"])];
+        let found = check("shop", Target::Strict, &[judged], &observed, &nodes);
+        let both: Vec<_> = found.iter().map(|finding| finding.kind).collect();
+        assert_eq!(both, ["exempt-ports", "verdict"]);
         // What the namespace's own pods dial in clear goes on: it is outside the mesh.
         let mut outbound = clear;
         outbound.reporter = "source".into();

@@ -2,9 +2,14 @@
 //!
 //! Traffic that a rule lets pass in clear arrives at port 15008 once both ends are enrolled. So
 //! for every rule about TCP whose peers can be pods there must be one, in any policy that
-//! selects the same pods, that lets the same peers reach 15008.
+//! selects the same pods, that lets the same peers reach 15008. That holds for the namespace's
+//! own policies, and for those of namespaces that are enrolled already: what their pods dial in
+//! it, and who of it dials them.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use signet_ebpf::abi::TUNNEL_PORT;
 
@@ -24,6 +29,8 @@ pub struct Blocking {
     pub ports: String,
     /// Pods that it is about now.
     pub pods: usize,
+    /// The namespace whose enrolment makes it block, where that is not the policy's own.
+    pub other: Option<Arc<str>>,
 }
 
 impl Blocking {
@@ -31,9 +38,10 @@ impl Blocking {
     pub fn text(&self) -> String {
         let (direction, whom) =
             if self.egress { ("egress", "its own pods to") } else { ("ingress", "callers of") };
+        let enrolled = self.other.as_deref().unwrap_or("it");
         format!(
             "{direction}[{}] lets {whom} {} pass, but not the tunnels' port {TUNNEL_PORT} in which \
-             that travels once it is enrolled ({} pods)",
+             that travels once {enrolled} is enrolled ({} pods)",
             self.rule, self.ports, self.pods
         )
     }
@@ -49,21 +57,43 @@ impl Blocking {
     }
 }
 
-/// Every rule of the namespace's NetworkPolicies that tunnels would not get past.
+/// Every rule of NetworkPolicies that tunnels of and to the namespace's pods would not get past:
+/// first its own policies', then those of enrolled namespaces.
 pub fn blocking(world: &World, namespace: &str) -> Vec<Blocking> {
-    let own: Vec<&Arc<NetworkPolicy>> =
-        world.network_policies.iter().filter(|p| &*p.name.namespace == namespace).collect();
+    let mut by_namespace = BTreeMap::<&str, Vec<&Arc<NetworkPolicy>>>::new();
+    for policy in world.network_policies.iter() {
+        by_namespace.entry(&policy.name.namespace).or_default().push(policy);
+    }
+    let own = by_namespace.remove(namespace).unwrap_or_default();
+    let mut found = blocking_of(world, &own, None);
+    for policies in by_namespace.values() {
+        found.extend(blocking_of(world, policies, Some(namespace)));
+    }
+    found
+}
+
+/// The rules of one namespace's policies; with `other`, only as far as they are about pods of
+/// that namespace, and of pods that are enrolled.
+fn blocking_of(
+    world: &World,
+    policies: &[&Arc<NetworkPolicy>],
+    other: Option<&str>,
+) -> Vec<Blocking> {
     let mut found = Vec::new();
     for egress in [false, true] {
-        for policy in &own {
+        for policy in policies {
             let Some(rules) = rules(policy, egress) else { continue };
-            let pods: Vec<&Arc<Pod>> = policy.selected(world).collect();
+            let is_met = |pod: &&Arc<Pod>| other.is_none() || pod.is_enrolled();
+            let pods: Vec<&Arc<Pod>> = policy.selected(world).filter(is_met).collect();
             for (index, rule) in rules.iter().enumerate() {
-                if !rule.speaks_tcp() || rule.covers_tcp(TUNNEL_PORT) {
+                if pods.is_empty() || !rule.speaks_tcp() || rule.covers_tcp(TUNNEL_PORT) {
                     continue;
                 }
-                let blocked =
-                    pods.iter().filter(|pod| !is_covered(world, &own, egress, pod, rule)).count();
+                let is_blocked = |pod: &&&Arc<Pod>| match other {
+                    None => !is_covered(world, policies, egress, pod, rule),
+                    Some(other) => !is_covered_for(world, policies, egress, pod, rule, other),
+                };
+                let blocked = pods.iter().filter(is_blocked).count();
                 if blocked > 0 {
                     found.push(Blocking {
                         policy: (*policy).clone(),
@@ -71,6 +101,7 @@ pub fn blocking(world: &World, namespace: &str) -> Vec<Blocking> {
                         rule: index,
                         ports: ports(rule),
                         pods: blocked,
+                        other: other.map(Arc::from),
                     });
                 }
             }
@@ -93,12 +124,7 @@ fn is_covered(
     rule: &Rule,
 ) -> bool {
     let namespace = &*pod.name.namespace;
-    let selecting = policies.iter().filter(|p| p.pods.matches(&pod.labels));
-    let open: Vec<&Rule> = selecting
-        .filter_map(|p| rules(p, egress))
-        .flatten()
-        .filter(|rule| rule.covers_tcp(TUNNEL_PORT))
-        .collect();
+    let open = open(policies, egress, pod);
     if open.iter().any(|open| open.peers.is_empty()) {
         return true;
     }
@@ -119,13 +145,53 @@ fn is_covered(
         // Addresses of nobody in the cluster never come through a tunnel.
         wanted.extend(peer.pods(world, namespace).iter().map(|pod| &pod.uid));
     }
-    let reached: BTreeSet<&PodUid> = open
-        .iter()
+    wanted.is_subset(&reached(world, &open, namespace))
+}
+
+/// True when those pods of `other` that the rule lets pass reach the pod's tunnels (or it
+/// theirs) by some rule.
+fn is_covered_for(
+    world: &World,
+    policies: &[&Arc<NetworkPolicy>],
+    egress: bool,
+    pod: &Pod,
+    rule: &Rule,
+    other: &str,
+) -> bool {
+    let namespace = &*pod.name.namespace;
+    let open = open(policies, egress, pod);
+    if open.iter().any(|open| open.peers.is_empty()) {
+        return true;
+    }
+    let everybody = world.pods.values().filter(|pod| !pod.finished && !pod.host_network);
+    let wanted: BTreeSet<&PodUid> = everybody
+        .filter(|pod| &*pod.name.namespace == other)
+        .filter(|pod| {
+            rule.peers.is_empty()
+                || rule.peers.iter().any(|peer| peer.is_about(world, namespace, pod))
+        })
+        .map(|pod| &pod.uid)
+        .collect();
+    wanted.is_subset(&reached(world, &open, namespace))
+}
+
+/// The rules that let somebody pass to the pod's tunnels, or it to others'.
+fn open<'a>(policies: &'a [&Arc<NetworkPolicy>], egress: bool, pod: &Pod) -> Vec<&'a Rule> {
+    let selecting = policies.iter().filter(|p| p.pods.matches(&pod.labels));
+    selecting
+        .filter_map(|p| rules(p, egress))
+        .flatten()
+        .filter(|rule| rule.covers_tcp(TUNNEL_PORT))
+        .collect()
+}
+
+/// The pods that such rules name, of policies in `namespace`.
+fn reached<'a>(world: &'a World, open: &[&'a Rule], namespace: &'a str) -> BTreeSet<&'a PodUid> {
+    open.iter()
         .flat_map(|open| &open.peers)
         .flat_map(|peer| peer.pods(world, namespace))
         .map(|pod| &pod.uid)
-        .collect();
-    wanted.is_subset(&reached)
+        .collect()
 }
 
 /// `8080/tcp, http/tcp`.

@@ -134,6 +134,47 @@ fn what_lets_nothing_of_the_mesh_pass_blocks_nothing() {
     assert_eq!(blocked(&[("a", spec)]), ["a egress[0] 80-90/tcp"]);
 }
 
+/// The same cluster, with `ops` in a mode and a policy of its own.
+fn of_ops(mode: &str, spec: &str) -> Vec<String> {
+    let cluster = CLUSTER.replace(
+        "labels: {team: ops}",
+        &format!("labels: {{team: ops, signet.dev/mode: \"{mode}\"}}"),
+    );
+    let text = cluster + &policy("theirs", spec).replace("namespace: shop", "namespace: ops");
+    let domain = crate::spiffe::TrustDomain::parse("cluster.local").unwrap();
+    let mut manifests = Manifests::default();
+    manifests.add("f.yaml".as_ref(), &text, "istio-system").unwrap();
+    let world = manifests.world(&SourceParams::new(domain), Arc::default());
+    blocking(&world, "shop").iter().map(|b| format!("{}; {}", b.text(), b.remedy())).collect()
+}
+
+#[test]
+fn policies_of_enrolled_namespaces_block_calls_to_and_from_this_one() {
+    let to_db = "{podSelector: {}, policyTypes: [Egress], egress: [{to: [{namespaceSelector: {}, \
+                 podSelector: {matchLabels: {app: db}}}], ports: [{port: 5432}]}]}";
+    assert_eq!(
+        of_ops("strict", to_db),
+        ["egress[0] lets its own pods to 5432/tcp pass, but not the tunnels' port 15008 in \
+             which that travels once shop is enrolled (1 pods); add to spec.egress[0].ports of \
+             NetworkPolicy ops/theirs: {port: 15008, protocol: TCP}"]
+    );
+    let from_web = "{podSelector: {}, ingress: [{from: [{namespaceSelector: {}, podSelector: \
+                    {matchLabels: {app: web}}}], ports: [{port: 80}]}]}";
+    let found = of_ops("permissive", from_web);
+    assert!(found.len() == 1 && found[0].starts_with("ingress[0] lets callers of 80/tcp"));
+    // Everybody includes this namespace's pods.
+    let anybody = "{podSelector: {}, policyTypes: [Egress], egress: [{ports: [{port: 80}]}]}";
+    assert_eq!(of_ops("strict", anybody).len(), 1);
+    // The controls: with the port; not about this namespace; calls in clear need no tunnel.
+    for spec in [to_db, from_web] {
+        let healed = spec.replace("ports: [", "ports: [{port: 15008}, ");
+        assert!(of_ops("strict", &healed).is_empty());
+        assert!(of_ops("off", spec).is_empty() && of_ops("observe", spec).is_empty());
+        let elsewhere = spec.replace("namespaceSelector: {}, ", "");
+        assert!(of_ops("strict", &elsewhere).is_empty());
+    }
+}
+
 #[test]
 fn faults_name_field_value_and_remedy() {
     let read = |spec: &str| {

@@ -1,9 +1,10 @@
 //! What was seen of a namespace says what would break, also after a restart.
 
-use std::{fs, os::unix::fs::PermissionsExt};
+use std::{fs, net::IpAddr, os::unix::fs::PermissionsExt};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
+use signet::flow::edges::network_of;
 use signet_lab::{
     agent::Agent,
     cluster_dir::{ObjectKey, to_yaml},
@@ -217,6 +218,91 @@ fn a_diff_names_exactly_the_flows_that_then_change() -> Result<()> {
     })
 }
 
+/// NetworkPolicies of a namespace that is enrolled already: what its pods dial in this one.
+fn theirs_are_in_the_way_too(mesh: &Mesh) -> Result<()> {
+    let (agent, cluster) = (mesh.lab.agent("node-2")?, mesh.lab.cluster());
+    let wait = |count: usize| {
+        eventually("what is told of legacy's NetworkPolicy", TIMEOUT, || {
+            let (_, findings) = check(agent, "shop", "strict")?;
+            let about = findings.iter().filter(|f| f["subject"] == "NetworkPolicy legacy/calls");
+            let about: Vec<&Value> = about.collect();
+            ensure!(about.len() == count, "{findings:?}");
+            for finding in about {
+                let said = format!("{} {}", finding["text"], finding["remedy"]);
+                let is_told = said.contains("once shop is enrolled")
+                    && said.contains("spec.egress[0].ports of NetworkPolicy legacy/calls");
+                ensure!(is_told, "{finding}");
+            }
+            Ok(Some(()))
+        })
+    };
+    cluster.apply_yaml(&format!(
+        "apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {{name: calls, namespace: legacy}}
+spec:
+  podSelector: {{}}
+  policyTypes: [Egress]
+  egress:
+  - to: [{{namespaceSelector: {{}}, podSelector: {{matchLabels: {{app: payments}}}}}}]
+    ports: [{{port: {TCP}}}]
+"
+    ))?;
+    cluster.set_mode("legacy", Some("permissive"))?;
+    wait(1)?;
+    // The control: what is not enrolled goes on in clear.
+    cluster.set_mode("legacy", None)?;
+    wait(0)
+}
+
+/// Clients in a host's network, and behind an address that no pod has.
+fn callers_without_a_pod_are_named(mesh: &Mesh) -> Result<()> {
+    let Mesh { lab, payments, reports, .. } = mesh;
+    let (agent, node) = (lab.agent("node-2")?, lab.node("node-1")?);
+    let host = lab.pod_on(node, "legacy", "host").host_network().start()?;
+    host.wait_published()?;
+    answered(&host, payments.at(TCP), "from the host's network")?;
+    // As masquerading does: an address of the node's part of the pods' ranges.
+    let masked = match reports.at(TCP).ip() {
+        IpAddr::V4(ip) => {
+            let [a, b, c, _] = ip.octets();
+            IpAddr::from([a, b, c, 250])
+        }
+        IpAddr::V6(ip) => {
+            let mut octets = ip.octets();
+            octets[15] = 250;
+            IpAddr::from(octets)
+        }
+    };
+    let address = masked.to_string();
+    node.exec(&["ip", "address", "add", &address, "dev", "lo"])?.success()?;
+    let url = payments.url(HTTP, "/masked");
+    node.exec(&["curl", "-sS", "-g", "--interface", &address, "--max-time", "5", &url])?
+        .success()?;
+    let network = network_of(masked).to_string();
+    eventually("both callers are named", TIMEOUT, || {
+        let (_, findings) = check(agent, "shop", "strict")?;
+        let about = |port: u16, what: &str, rule: &str| {
+            findings.iter().any(|finding| {
+                let said = |field: &str| finding[field].as_str().unwrap_or_default();
+                finding["kind"] == "verdict"
+                    && said("subject").ends_with(&format!(" -> shop/payments:{port} tcp"))
+                    && said("text").contains(what)
+                    && said("remedy").contains(rule)
+            })
+        };
+        let exempt = format!("signet.dev/exempt-inbound-ports: \"{TCP}/tcp\"");
+        ensure!(about(TCP, "pod legacy/host", &exempt), "{findings:#?}");
+        let blocks = format!("ipBlocks: [{network}] to port {HTTP}");
+        ensure!(about(HTTP, "no pod has that address", &blocks), "{findings:#?}");
+        let all = format!("{HTTP}/tcp,{TCP}/tcp");
+        let annotation = findings.iter().find(|finding| finding["kind"] == "exempt-ports");
+        let remedy = annotation.and_then(|finding| finding["remedy"].as_str());
+        ensure!(remedy.is_some_and(|remedy| remedy.contains(&all)), "{findings:#?}");
+        Ok(Some(()))
+    })
+}
+
 /// A NetworkPolicy of payments: the frontend's pods may dial its TCP port, and these.
 fn network_policy(more: &str) -> String {
     format!(
@@ -282,6 +368,9 @@ fn network_policies_and_open_flows_in_the_way_are_told_and_translated() -> Resul
         eventually("nothing is in the way", TIMEOUT, || {
             Ok(of("strict", "network-policy")?.is_empty().then_some(()))
         })?;
+
+        theirs_are_in_the_way_too(mesh)?;
+        callers_without_a_pod_are_named(mesh)?;
 
         // What it says in labels, as identities: it applies, and means the same.
         cluster.set_mode("shop", Some("strict"))?;
