@@ -300,6 +300,16 @@ impl Agent {
 
     /// The same with other places: a later flag goes before an earlier one.
     pub fn on_node_with(&self, command: &[&str], others: &[(&str, &str)]) -> Result<Output> {
+        self.on_node_under(&[], command, others)
+    }
+
+    /// The same, run by another program (`setpriv`).
+    pub fn on_node_under(
+        &self,
+        program: &[&str],
+        command: &[&str],
+        others: &[(&str, &str)],
+    ) -> Result<Output> {
         let path = |p: &Path| p.display().to_string();
         let places = [
             ("--cgroup-root", cgroup::path_below_mount(&self.node.workloads())?),
@@ -309,7 +319,8 @@ impl Agent {
             ("--state-dir", path(&self.node.state_dir)),
         ];
         let binary = signet_binary()?.display().to_string();
-        let mut argv = vec![binary.as_str()];
+        let mut argv = program.to_vec();
+        argv.push(binary.as_str());
         argv.extend(command);
         argv.extend(places.iter().flat_map(|(flag, value)| [*flag, value.as_str()]));
         argv.extend(others.iter().flat_map(|(flag, value)| [*flag, *value]));

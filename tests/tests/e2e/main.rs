@@ -17,6 +17,8 @@ mod foreign;
 mod handover;
 mod held;
 mod hostile;
+mod install;
+mod jobs;
 mod kubernetes;
 mod life_lines;
 mod lifecycle;

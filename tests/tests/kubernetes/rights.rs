@@ -160,6 +160,51 @@ async fn each_right_of_the_agents_roles_is_needed() -> Result<()> {
     }
 }
 
+/// What takes Signet off the nodes needs nothing of the API: its account may do nothing there,
+/// and its pods are given no token.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_uninstalls_has_no_right_at_all() -> Result<()> {
+    const ACCOUNT: &str = "signet-uninstall";
+    let api = shipped()?;
+    api.ship(&["uninstall"])?;
+    let account = api.get("serviceaccounts", SYSTEM, ACCOUNT).context("no account")?;
+    let set = api.get("daemonsets", SYSTEM, ACCOUNT).context("no DaemonSet")?;
+    let spec = &set["spec"]["template"]["spec"];
+    ensure!(spec["serviceAccountName"] == ACCOUNT, "{spec}");
+    ensure!(
+        account["automountServiceAccountToken"] == false
+            && spec["automountServiceAccountToken"] != true,
+        "{account} {spec}"
+    );
+    ensure!(api.rights_of(SYSTEM, ACCOUNT).is_empty(), "{:?}", api.rights_of(SYSTEM, ACCOUNT));
+
+    // Whoever takes a token from it all the same is refused everything; the control is above:
+    // the agents' account is refused nothing of this.
+    api.pod(SYSTEM, "signet-uninstall-1", ACCOUNT, "node-1")?;
+    let kubeconfig = api.account_kubeconfig(SYSTEM, ACCOUNT, Some("signet-uninstall-1"))?;
+    let followed = Followed::with(api.clone(), "node-1", kubeconfig)?;
+    let deadline = tokio::time::Instant::now() + TIMEOUT;
+    loop {
+        let watches = followed.source.watches().into_iter();
+        let is_refused =
+            |error: &dyn std::fmt::Display| error.to_string().contains("cannot list resource");
+        let others: Vec<String> = watches
+            .filter(|watch| !watch.error.as_ref().is_some_and(|error| is_refused(error)))
+            .map(|watch| watch.kind.to_string())
+            .collect();
+        if others.is_empty() {
+            break;
+        }
+        ensure!(tokio::time::Instant::now() < deadline, "not refused: {others:?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let user = format!("system:serviceaccount:{SYSTEM}:{ACCOUNT}");
+    let asked = api.asked();
+    let mut by_it = asked.iter().filter(|asked| asked.user == user).peekable();
+    ensure!(by_it.peek().is_some() && by_it.all(|asked| !asked.allowed), "{asked:?}");
+    Ok(())
+}
+
 /// The loss of a right is told, by its name where anything is said at all.
 async fn without(right: &Right) -> Result<()> {
     let api = shipped()?;
