@@ -42,7 +42,7 @@ pub fn faults(objects: &[Value]) -> Vec<String> {
             faults.push(format!("{}: metadata.namespace must be {NAMESPACE}", name(object)));
         }
         faults.extend(selector(object, objects));
-        faults.extend(own_kinds(object, &there));
+        faults.extend(own_kinds(object, objects));
     }
     let mut seen = BTreeSet::new();
     for object in objects {
@@ -90,8 +90,9 @@ fn selector(object: &Value, objects: &[Value]) -> Option<String> {
     (!selects).then(|| format!("{}: its selector selects no pods", name(object)))
 }
 
-/// Rights on kinds of ours for which there is no CustomResourceDefinition.
-fn own_kinds(object: &Value, there: &BTreeSet<String>) -> Vec<String> {
+/// Rights on kinds of ours for which there is no CustomResourceDefinition, or on parts of them
+/// that none of its versions has.
+fn own_kinds(object: &Value, objects: &[Value]) -> Vec<String> {
     // Agents ask about it; it is never stored.
     const NOT_STORED: &str = "flows";
     let mut faults = Vec::new();
@@ -100,9 +101,17 @@ fn own_kinds(object: &Value, there: &BTreeSet<String>) -> Vec<String> {
             continue;
         }
         for resource in list(&rule["resources"]).filter_map(Value::as_str) {
-            let definition = format!("CustomResourceDefinition/{resource}.signet.dev");
-            if resource != NOT_STORED && !there.contains(&definition) {
-                faults.push(format!("{}: rules: there is no {definition}", name(object)));
+            let (plural, part) = resource.split_once('/').unwrap_or((resource, ""));
+            let wanted = format!("CustomResourceDefinition/{plural}.signet.dev");
+            let Some(definition) = objects.iter().find(|object| name(object) == wanted) else {
+                if plural != NOT_STORED {
+                    faults.push(format!("{}: rules: there is no {wanted}", name(object)));
+                }
+                continue;
+            };
+            let has = |version: &Value| !version["subresources"][part].is_null();
+            if !part.is_empty() && !list(&definition["spec"]["versions"]).any(has) {
+                faults.push(format!("{}: rules: {wanted} has no {part}", name(object)));
             }
         }
     }
@@ -127,9 +136,11 @@ mod tests {
         vec![
             json!({"kind": "ServiceAccount", "metadata": metadata("a")}),
             json!({"kind": "ConfigMap", "metadata": metadata("c")}),
-            json!({"kind": "CustomResourceDefinition", "metadata": {"name": "things.signet.dev"}}),
+            json!({"kind": "CustomResourceDefinition", "metadata": {"name": "things.signet.dev"},
+                "spec": {"versions": [{"subresources": {"status": {}}}]}}),
             json!({"kind": "ClusterRole", "metadata": {"name": "r"}, "rules": [
-                {"apiGroups": ["signet.dev"], "resources": ["things", "flows"], "verbs": ["get"]},
+                {"apiGroups": ["signet.dev"], "resources": ["things", "flows", "things/status"],
+                    "verbs": ["get"]},
             ]}),
             json!({"kind": "ClusterRoleBinding", "metadata": {"name": "b"},
                 "roleRef": {"kind": "ClusterRole", "name": "r"},
@@ -173,6 +184,24 @@ mod tests {
                 "/rules/0/resources/0".into(),
                 json!("z"),
                 "there is no CustomResourceDefinition/z",
+            ),
+            (
+                3,
+                "/rules/0/resources/2".into(),
+                json!("z/status"),
+                "there is no CustomResourceDefinition/z",
+            ),
+            (
+                3,
+                "/rules/0/resources/2".into(),
+                json!("things/scale"),
+                "things.signet.dev has no scale",
+            ),
+            (
+                2,
+                "/spec/versions/0/subresources".into(),
+                json!({}),
+                "things.signet.dev has no status",
             ),
             (1, "/metadata/name".into(), json!("a"), "refers to ConfigMap/c"),
         ];
