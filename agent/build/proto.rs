@@ -4,10 +4,11 @@ use std::path::Path;
 
 use anyhow::Context;
 
-const FILES: [&str; 8] = [
+const FILES: [&str; 9] = [
     "flow.proto",
     "relay.proto",
     "observer.proto",
+    "peer.proto",
     "detail.proto",
     "admin.proto",
     "workload.proto",

@@ -39,7 +39,7 @@ use crate::{
     handover::{self, Give, Request},
     kernel::{self, Counters, FlowSockets, KernelConfig, Programs, cgroup::Hierarchy, features},
     netns::NetnsOpener,
-    observer::{self, Observer},
+    observer::{self, Observer, peers::Peers},
     proxy::{DataPlane, DataPlaneConfig, Dependencies},
     spiffe::TrustDomain,
     svid::{
@@ -60,7 +60,7 @@ use self::{
     identity::Identity,
     picture::{Losses, Newest, Picture},
     succession::{Alone, Sockets, answer, hello, retire, take_place, task},
-    viewers::Viewers,
+    viewers::{Hubble, Viewers},
 };
 
 /// Threads of the control plane; the data plane has its own, one a core.
@@ -198,7 +198,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     istio.register(&mut metrics);
     let svid_metrics = SvidMetrics::register(&mut metrics);
     let svid_params =
-        SvidParams { metrics: (svid_metrics, Purpose::Tunnel), ..SvidParams::default() };
+        SvidParams { metrics: (svid_metrics.clone(), Purpose::Tunnel), ..SvidParams::default() };
     let svids = SvidManager::start(identity.issuer.clone(), svid_params.clone());
     let opener = NetnsOpener::start().map_err(start("the network namespaces' thread"))?;
     let pins = programs.pins().to_owned();
@@ -250,6 +250,19 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     let (page_problem, page_problems) = watch::channel(BTreeMap::new());
     let (viewer_problem, viewer_problems) = watch::channel(None);
     let pulse = reconcile::Pulse::default();
+    let hubble_routes = Routes::new(
+        Observer::new(log.clone(), config.node.as_str().into(), domain.as_str().into())
+            .into_service(),
+    )
+    .add_service(
+        Peers::new(world.clone(), config.observer_listen, &config.observer_server_name)
+            .into_service(),
+    )
+    .add_service(observer::health().await);
+    let hubble = Hubble::of(&config, &domain, &trust, hubble_routes.clone(), || {
+        let metrics = (svid_metrics.clone(), Purpose::Observer);
+        SvidManager::start(identity.issuer.clone(), SvidParams { metrics, ..SvidParams::default() })
+    })?;
     let picture = Arc::new(Picture {
         node: config.node.as_str().into(),
         started,
@@ -264,6 +277,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         state: state.clone(),
         world: world.clone(),
         svids: svids.clone(),
+        observer_svids: hubble.svids(),
         counters,
         plane: plane.clone(),
         report: kernel_report,
@@ -332,14 +346,8 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         losses,
         any_errno,
     ));
-    let routes = Routes::new(
-        Admin::new(Arc::new(move || picture.take()), log.clone(), edges.clone(), surveys)
-            .into_service(),
-    )
-    .add_service(
-        Observer::new(log, config.node.as_str().into(), domain.as_str().into()).into_service(),
-    )
-    .add_service(observer::health().await);
+    let admin = Admin::new(Arc::new(move || picture.take()), log, edges.clone(), surveys);
+    let routes = hubble_routes.add_service(admin.into_service());
     let viewers = Viewers::of(&config, routes.clone(), viewer_problem);
     // It answers until the process ends, whoever serves the node.
     let own = own_socket.map(|socket| {
@@ -401,6 +409,13 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         let viewing = viewers.clone().serve();
         tasks.push(task("the viewers' server", stop, async move {
             viewing.await;
+            "it returned".to_owned()
+        }));
+        let problems = page_problem.clone();
+        let looking =
+            hubble.clone().serve(move |problem| tell(&problems, "observerListen", problem));
+        tasks.push(task("the observer's server", stop, async move {
+            looking.await;
             "it returned".to_owned()
         }));
         let measuring = serve_pages(pages.clone(), page_problem.clone());
@@ -589,6 +604,18 @@ fn data_plane_config(config: &AgentConfig) -> DataPlaneConfig {
     plane
 }
 
+/// Says why what a key asks for is not served, or that it is.
+fn tell(
+    problems: &watch::Sender<BTreeMap<&'static str, String>>,
+    key: &'static str,
+    problem: Option<String>,
+) {
+    problems.send_modify(|all| match problem {
+        Some(problem) => drop(all.insert(key, problem)),
+        None => drop(all.remove(key)),
+    });
+}
+
 /// Serves the pages that are asked for, each on its address; `problems` holds why one is not.
 async fn serve_pages<const N: usize>(
     pages: [(&'static str, Option<SocketAddr>, axum::Router); N],
@@ -598,12 +625,7 @@ async fn serve_pages<const N: usize>(
     for (key, address, page) in pages {
         let Some(address) = address else { continue };
         let problems = problems.clone();
-        let told = move |problem: Option<String>| {
-            problems.send_modify(|all| match problem {
-                Some(problem) => drop(all.insert(key, problem)),
-                None => drop(all.remove(key)),
-            });
-        };
+        let told = move |problem| tell(&problems, key, problem);
         serving.spawn(PageServer { key, address, page }.run(told));
     }
     // Without a page there is nothing to end; one that ends has panicked.

@@ -47,6 +47,10 @@ package! {
     observer = "observer"
 }
 package! {
+    /// Hubble's peer service.
+    peer = "peer"
+}
+package! {
     /// What Signet knows of a flow beyond Hubble's messages.
     detail = "signet.flow.v1"
 }

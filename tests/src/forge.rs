@@ -14,6 +14,7 @@ use rcgen::{
 /// A root that signs whatever it is asked to.
 pub struct Forger {
     issuer: Issuer<'static, KeyPair>,
+    certificate: String,
     directory: PathBuf,
 }
 
@@ -54,7 +55,7 @@ impl Forger {
         let key = block(&text, "PRIVATE KEY").context("no key in root.pem")?;
         let key = KeyPair::from_pem(&key).context("the root's key")?;
         let issuer = Issuer::from_ca_cert_pem(&certificate, key).context("the root")?;
-        Ok(Self { issuer, directory: directory.to_owned() })
+        Ok(Self { issuer, certificate, directory: directory.to_owned() })
     }
 
     /// Somebody with a root of his own for the same trust domain.
@@ -67,7 +68,14 @@ impl Forger {
         params.subject_alt_names = vec![SanType::URI(id)];
         params.not_before = date_time_ymd(2020, 1, 1);
         params.not_after = date_time_ymd(2040, 1, 1);
-        Ok(Self { issuer: Issuer::new(params, key), directory: directory.to_owned() })
+        let certificate = params.self_signed(&key).context("the root")?.pem();
+        let issuer = Issuer::new(params, key);
+        Ok(Self { issuer, certificate, directory: directory.to_owned() })
+    }
+
+    /// The root's certificate, PEM.
+    pub fn root(&self) -> &str {
+        &self.certificate
     }
 
     /// Signs a leaf; the file with certificate and key, named `<name>.pem`.

@@ -35,6 +35,7 @@ pub mod capture;
 pub mod cgroup;
 pub mod cluster_dir;
 pub mod forge;
+pub mod hubble;
 pub mod kubelet;
 pub mod lab;
 pub mod leftovers;

@@ -2,6 +2,8 @@
 
 use std::{fmt::Display, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
+use rustls::pki_types::ServerName;
+
 use super::{
     AgentConfig,
     values::{
@@ -233,6 +235,44 @@ fn loopback(value: &str) -> Result<Option<SocketAddr>, String> {
         )),
         listener => Ok(listener),
     }
+}
+
+/// Roughly: whether the ID is valid, the agent says when it starts.
+fn spiffe_id(value: &str) -> Result<String, String> {
+    let rest = value.strip_prefix("spiffe://").filter(|rest| rest.contains('/'));
+    if rest.is_none() || value.len() > 2048 || !value.bytes().all(|c| c.is_ascii_graphic()) {
+        return Err(format!(
+            "{:?} is not a SPIFFE ID; write it like \
+             spiffe://cluster.local/ns/kube-system/sa/hubble-relay",
+            shorten(value)
+        ));
+    }
+    Ok(value.into())
+}
+
+/// `namespace/account`.
+fn account(value: &str) -> Result<String, String> {
+    let wrong = || {
+        format!(
+            "{:?} is not a service account; write it like signet-system/signet-agent",
+            shorten(value)
+        )
+    };
+    let (namespace, name) = value.split_once('/').ok_or_else(wrong)?;
+    let fine = label(namespace, 63).is_ok() && label(name, 253).is_ok();
+    if fine { Ok(value.into()) } else { Err(wrong()) }
+}
+
+/// A DNS name, in which `*` may stand for the node's own.
+fn server_name(value: &str) -> Result<String, String> {
+    let of_node = value.replacen('*', "node", 1);
+    if ServerName::try_from(of_node.as_str()).is_err() || value.len() > 190 {
+        return Err(format!(
+            "{:?} is not a DNS name; write it like *.default.hubble-grpc.cilium.io",
+            shorten(value)
+        ));
+    }
+    Ok(value.into())
 }
 
 pub(super) fn shown_listener(listener: Option<SocketAddr>) -> String {
@@ -474,6 +514,34 @@ keys! {
          audience signet.dev/observer only."
         set(c, v) { c.viewer_listen = loopback(one(v)?)?; }
         get(c) vec![shown_listener(c.viewer_listen)];
+    "observerListen" Restart false "address:port|off"
+        "Where Hubble's observer and peer services are served over TLS, for Hubble's own tools; \
+         Hubble's port for this is 4254. Callers show a certificate of observerClients, or with \
+         the Kubernetes API a bearer token of the audience signet.dev/observer. Off by default."
+        set(c, v) { c.observer_listen = listener(one(v)?)?; }
+        get(c) vec![shown_listener(c.observer_listen)];
+    "observerClients" Restart true "SPIFFE IDs"
+        "Whoever proves one of these identities by its certificate may see flows on observerListen."
+        set(c, v) { c.observer_clients = each(v, spiffe_id)?; }
+        get(c) c.observer_clients.clone();
+    "observerAccount" Restart false "namespace/account"
+        "The service account whose SVID is the certificate of observerListen, where no file is \
+         given: the agent's own, which is signet-agent in its namespace by default."
+        set(c, v) { c.observer_account = Some(account(one(v)?)?); }
+        get(c) c.observer_account.iter().cloned().collect();
+    "observerCertFile" Restart false "path"
+        "Certificate chain of observerListen, PEM, leaf first, for clients that know names and no \
+         SPIFFE IDs, as Hubble's relay; read again when it changes. With observerKeyFile."
+        set(c, v) { c.observer_cert_file = Some(path(v)?); }
+        get(c) c.observer_cert_file.iter().flat_map(|p| shown_path(p)).collect();
+    "observerKeyFile" Restart false "path" "The private key to observerCertFile, PEM."
+        set(c, v) { c.observer_key_file = Some(path(v)?); }
+        get(c) c.observer_key_file.iter().flat_map(|p| shown_path(p)).collect();
+    "observerServerName" Restart false "name"
+        "The name that a node's certificate has, as Hubble's relay is told; * is the node's own \
+         name with dashes for its dots."
+        set(c, v) { c.observer_server_name = server_name(one(v)?)?; }
+        get(c) vec![c.observer_server_name.clone()];
     "cores" Restart false "number" "Data-plane threads; the default is one a core."
         set(c, v) { c.cores = Some(number(v, 1, 1024)?); }
         get(c) shown(c.cores.as_slice());

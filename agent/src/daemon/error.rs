@@ -52,6 +52,16 @@ pub enum DaemonError {
         /// What is wrong with it.
         source: SpiffeIdError,
     },
+    /// An identity in the configuration.
+    #[error("{key}: {value:?} is not a SPIFFE ID: {source}")]
+    SpiffeId {
+        /// The key.
+        key: &'static str,
+        /// As configured.
+        value: String,
+        /// What is wrong with it.
+        source: SpiffeIdError,
+    },
     /// A key without which this form of the agent cannot run.
     #[error("{key}: missing; {remedy}")]
     Missing {
@@ -111,6 +121,7 @@ impl DaemonError {
             | Self::Log(_)
             | Self::Entries(_)
             | Self::TrustDomain { .. }
+            | Self::SpiffeId { .. }
             | Self::Missing { .. } => Fault::Input,
             Self::Take(TakeError::Refused(_)) => Fault::Input,
             Self::Kernel(_)

@@ -48,6 +48,8 @@ pub(super) struct Picture {
     pub(super) state: NodeStateHandle,
     pub(super) world: watch::Receiver<Arc<World>>,
     pub(super) svids: SvidHandle,
+    /// Of the observer's listener, if it has one.
+    pub(super) observer_svids: Option<SvidHandle>,
     pub(super) counters: Counters,
     pub(super) plane: Arc<DataPlaneHandle>,
     pub(super) report: watch::Receiver<KernelReport>,
@@ -77,12 +79,10 @@ impl Picture {
             subject: format!("trust domain {domain}"),
             message: message.clone(),
         }));
-        problems.extend(
-            self.pages
-                .borrow()
-                .values()
-                .map(|message| Problem { subject: "metrics".into(), message: message.clone() }),
-        );
+        problems.extend(self.pages.borrow().iter().map(|(key, message)| Problem {
+            subject: if *key == "observerListen" { "observer" } else { "metrics" }.into(),
+            message: message.clone(),
+        }));
         let succession = self.succession.borrow().clone();
         if let Succession::Waits(why) = &succession {
             let message = format!("another agent serves the node until this one can: {why}");
@@ -221,10 +221,13 @@ impl Picture {
             )
             .each("reason", drops),
         );
-        let held = [
+        let mut held = vec![
             (Purpose::Tunnel, without_keys(self.svids.status())),
             (Purpose::Workload, without_keys(self.workloads.svids().status())),
         ];
+        if let Some(svids) = &self.observer_svids {
+            held.push((Purpose::Observer, without_keys(svids.status())));
+        }
         all.extend(svid::metrics::readings(Timestamp::now(), &held));
         all.extend(self.trust.readings());
         all.extend(cluster::readings(&self.source.watches()));

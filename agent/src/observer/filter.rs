@@ -118,6 +118,7 @@ fn conditions(filter: FlowFilter, budget: &mut usize) -> Result<Conditions, Filt
         interface,
         source_cluster_name,
         destination_cluster_name,
+        ip_trace_id,
         encrypted,
         experimental,
         any_namespace,
@@ -152,6 +153,7 @@ fn conditions(filter: FlowFilter, budget: &mut usize) -> Result<Conditions, Filt
         ("interface", !interface.is_empty()),
         ("source_cluster_name", !source_cluster_name.is_empty()),
         ("destination_cluster_name", !destination_cluster_name.is_empty()),
+        ("ip_trace_id", !ip_trace_id.is_empty()),
         ("experimental.cel_expression", experimental.is_some()),
     ] {
         if given {

@@ -1,4 +1,4 @@
-//! Hubble's observer API over the flow log.
+//! Hubble's observer API over the flow log, and its peer service over the cluster's nodes.
 
 pub mod decode;
 pub mod encode;
@@ -7,6 +7,7 @@ pub mod glob;
 pub mod hubble;
 pub mod jsonpb;
 pub mod labels;
+pub mod peers;
 
 use std::{collections::BTreeSet, pin::Pin, sync::Arc, time::Duration};
 

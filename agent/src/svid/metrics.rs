@@ -15,6 +15,8 @@ pub enum Purpose {
     Tunnel,
     /// Handed out by the Workload API.
     Workload,
+    /// The certificate of the observer's listener.
+    Observer,
 }
 
 impl Purpose {
@@ -23,6 +25,7 @@ impl Purpose {
         match self {
             Self::Tunnel => "tunnel",
             Self::Workload => "workload",
+            Self::Observer => "observer",
         }
     }
 }

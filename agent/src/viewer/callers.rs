@@ -10,7 +10,10 @@ use std::{
 use aws_lc_rs::digest::{SHA256, digest};
 use tokio::sync::Semaphore;
 
-use crate::api_server::{ApiError, ApiServer, Right};
+use crate::{
+    api_server::{ApiError, ApiServer, Right},
+    spiffe::{SpiffeId, validate::ValidationError},
+};
 
 /// The one audience of tokens that are taken: a token for anything else proves nothing here, and
 /// one of this audience opens nothing else.
@@ -42,6 +45,20 @@ pub enum Refused {
     /// The call carries none.
     #[error("a bearer token of the audience {AUDIENCE} is wanted")]
     NoToken,
+    /// It has neither a certificate nor a token, and tokens would not help.
+    #[error("a client certificate of one of observerClients is wanted")]
+    NoCertificate,
+    /// It has a certificate of somebody who may not, and no token.
+    #[error("{0} is not one of observerClients, and the call carries no bearer token")]
+    NotListed(SpiffeId),
+    /// Its certificate was good when it connected.
+    #[error("the client certificate is not good any more: {0}; connect again with a new one")]
+    Certificate(#[source] ValidationError),
+    /// There is nobody to ask.
+    #[error(
+        "bearer tokens are not taken here: this agent does not follow the Kubernetes API, which would review them; show a client certificate of one of observerClients"
+    )]
+    NoReviews,
     /// It can be nobody's.
     #[error("the bearer token is malformed")]
     Malformed,

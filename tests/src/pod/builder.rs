@@ -62,6 +62,7 @@ pub struct PodBuilder {
     pub(super) host: Option<u8>,
     pub(super) host_network: bool,
     pub(super) delay: Option<Duration>,
+    pub(super) owner: Option<(String, String)>,
     pub(super) runtime_class: Option<String>,
     /// Its object is in the API already, as it was before its sandbox died.
     pub(super) remade: bool,
@@ -86,6 +87,7 @@ impl PodBuilder {
             host: None,
             host_network: false,
             delay: None,
+            owner: None,
             runtime_class: None,
             remade: false,
             object: None,
@@ -95,6 +97,12 @@ impl PodBuilder {
     /// Another service account than `default`.
     pub fn service_account(mut self, name: &str) -> Self {
         self.service_account = name.into();
+        self
+    }
+
+    /// The workload that it belongs to, by kind and name.
+    pub fn owner(mut self, kind: &str, name: &str) -> Self {
+        self.owner = Some((kind.into(), name.into()));
         self
     }
 
@@ -341,6 +349,12 @@ impl PodBuilder {
         });
         if !self.annotations.is_empty() {
             metadata["annotations"] = json!(self.annotations);
+        }
+        if let Some((kind, name)) = &self.owner {
+            metadata["ownerReferences"] = json!([{
+                "apiVersion": "apps/v1", "kind": kind, "name": name, "uid": format!("{name}-uid"),
+                "controller": true,
+            }]);
         }
         json!({
             "apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec,

@@ -17,6 +17,7 @@ mod foreign;
 mod handover;
 mod held;
 mod hostile;
+mod hubble;
 mod install;
 mod jobs;
 mod kubernetes;

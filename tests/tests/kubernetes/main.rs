@@ -9,6 +9,7 @@ mod conditions;
 mod events;
 mod faults;
 mod following;
+mod hubble;
 mod kubectl;
 mod rights;
 mod viewers;

@@ -211,10 +211,11 @@ async fn ports(config: &AgentConfig, findings: &mut Findings) {
         findings.ok("node", "agent", format!("none runs yet ({})", socket.display()));
     }
     let viewers = config.viewer_listen.filter(|_| config.cluster_dir.is_none());
-    let listeners: [(&'static str, Option<SocketAddr>); 3] = [
+    let listeners: [(&'static str, Option<SocketAddr>); 4] = [
         ("metricsListen", config.metrics_listen),
         ("readyListen", config.ready_listen),
         ("viewerListen", viewers),
+        ("observerListen", config.observer_listen),
     ];
     for (key, address) in listeners {
         let Some(address) = address else { continue };
