@@ -5,6 +5,7 @@ use std::{net::SocketAddr, thread, time::Duration};
 use anyhow::{Result, ensure};
 use signet_lab::{
     LabOptions,
+    agent::Agent,
     authority::{Authority, node_token},
     pod::Pod,
     traffic::{
@@ -14,7 +15,7 @@ use signet_lab::{
     },
 };
 
-use crate::mesh::{Mesh, TCP, TIMEOUT, answered_soon, refused, retriable, with_logs};
+use crate::mesh::{Mesh, TCP, TIMEOUT, answered_soon, refused, refused_soon, retriable, with_logs};
 
 /// The heartbeat's age at which an agent counts as dead, and a little.
 const DEAD: Duration = Duration::from_secs(32);
@@ -95,7 +96,7 @@ fn with_authority_and_agent_dead_what_is_off_restarts_and_a_strict_pod_stays_clo
         }
         answered_soon(frontend, payments.at(TCP))?;
 
-        lab.agent("node-1")?.kill();
+        lab.agents().iter().for_each(Agent::kill);
         drop(running);
         authority.remove()?;
         first_resolver.remove()?;
@@ -121,14 +122,22 @@ fn with_authority_and_agent_dead_what_is_off_restarts_and_a_strict_pod_stays_clo
         };
         let dialled: DialReport = off.run(&Role::Dial(dial), TIMEOUT)?;
         ensure!(dialled.peer.is_some(), "an off pod reaches the authority: {dialled:?}");
-        // A registered strict pod stays closed, towards anybody.
+        // Registered strict pods stay closed, in both directions.
         let report = refused(frontend, payments.at(TCP), "closed")?;
         ensure!(retriable(&report.outcome), "{report:?}");
+        for to in payments.all_at(TCP) {
+            refused(&off, to, "closed")?;
+        }
 
-        // The control: the agent comes back, gets its SVIDs from there and serves.
-        lab.agent("node-1")?.start_ready()?;
-        lab.wait_state(frontend, "served")?;
+        // The control: the agents come back, get their SVIDs from there and serve.
+        for agent in lab.agents() {
+            agent.start_ready()?;
+        }
+        for pod in [frontend, payments] {
+            lab.wait_state(pod, "served")?;
+        }
         answered_soon(frontend, payments.at(TCP))?;
+        refused_soon(&off, payments.at(TCP))?;
         let issued = running.audit().iter().any(|line| line.to_string().contains("frontend"));
         ensure!(issued, "{}", running.said());
         Ok(())

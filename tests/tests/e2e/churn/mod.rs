@@ -44,6 +44,12 @@ fn duration() -> Duration {
     Duration::from_secs(if soak() { 300 } else { 12 })
 }
 
+/// How long watches stall, and how long the API server is away; longer than every watch's limit.
+fn outages() -> (Duration, Duration) {
+    let (stall, down) = if soak() { (30, 120) } else { (6, 5) };
+    (Duration::from_secs(stall), Duration::from_secs(down))
+}
+
 fn soak() -> bool {
     std::env::var_os("SIGNET_LAB_SOAK").is_some()
 }
@@ -52,9 +58,12 @@ fn soak() -> bool {
 #[test]
 fn a_hundred_pods_a_minute_are_nobody_but_themselves() -> Result<()> {
     if soak() {
-        churned(LabOptions::default(), |_, _| Ok(()))?;
+        churned(LabOptions::default(), truth::API, |_, _| Ok(()))?;
     }
-    churned(LabOptions { api_server: true, ..LabOptions::default() }, |mesh, ended| {
+    // Watches come back some time after the server does.
+    let (stall, down) = outages();
+    let stale = stall + down + Duration::from_secs(20);
+    churned(LabOptions { api_server: true, ..LabOptions::default() }, stale, |mesh, ended| {
         thread::sleep(duration() / 4);
         faults(mesh.lab.api_server()?, ended)
     })
@@ -62,42 +71,43 @@ fn a_hundred_pods_a_minute_are_nobody_but_themselves() -> Result<()> {
 
 /// One fault after the other, a moment of health in between.
 fn faults(api: &ApiServer, ended: &AtomicBool) -> Result<()> {
-    // A stall is longer than every watch's limit, and the server is away for longer than that.
-    let (stall, down) = if soak() { (30, 120) } else { (6, 5) };
-    let wait = |seconds: u64| {
-        let until = Instant::now() + Duration::from_secs(seconds);
+    let (stall, down) = outages();
+    let health = Duration::from_secs(2);
+    let wait = |time: Duration| {
+        let until = Instant::now() + time;
         while Instant::now() < until && !ended.load(Ordering::Relaxed) {
             thread::sleep(Duration::from_millis(50));
         }
     };
     while !ended.load(Ordering::Relaxed) {
         api.drop_watches();
-        wait(2);
+        wait(health);
         api.forget_history();
         api.drop_watches();
-        wait(2);
+        wait(health);
         api.set_faults(|faults| faults.stalled = true);
         wait(stall);
         api.set_faults(|faults| *faults = Default::default());
-        wait(2);
+        wait(health);
         api.set_down(true);
         api.forget_history();
         wait(down);
         api.set_down(false);
-        wait(2);
+        wait(health);
         api.set_faults(|faults| faults.refusal = Some(429));
-        wait(1);
+        wait(health / 2);
         api.set_faults(|faults| *faults = Default::default());
-        wait(2);
+        wait(health);
     }
     api.set_faults(|faults| *faults = Default::default());
     api.set_down(false);
     Ok(())
 }
 
-/// The run itself; `meanwhile` runs beside it until told.
+/// The run itself; `meanwhile` runs beside it until told. `stale`: see [`Truth`].
 fn churned(
     options: LabOptions,
+    stale: Duration,
     meanwhile: impl FnOnce(&Mesh, &AtomicBool) -> Result<()> + Send,
 ) -> Result<()> {
     let mesh = Mesh::with(options, Some("strict"))?;
@@ -182,6 +192,7 @@ fn churned(
             seen: truth::seen_by(&ledger, begun)?,
             flows: truth::records(&flows)?,
             server: &ledger,
+            stale,
         };
         drop(flows);
         println!("{started} pods in {:?}", duration());

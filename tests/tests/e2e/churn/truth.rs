@@ -1,6 +1,6 @@
 //! What was said by the pods themselves, held against what the agents recorded.
 
-use std::{collections::BTreeMap, fmt};
+use std::{collections::BTreeMap, fmt, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -16,8 +16,8 @@ use crate::mesh::retriable;
 
 /// How far a record's time may be from what it is about, in microseconds: it is written behind it.
 const BEHIND: u64 = 2_000_000;
-/// How long the API may still tell of a pod whose sandbox is gone, in microseconds.
-const API: u64 = 3_000_000;
+/// How long the API may still tell of a pod whose sandbox is gone.
+pub const API: Duration = Duration::from_secs(3);
 /// How much earlier than a call its record may seem: clocks' resolution.
 const BEFORE: u64 = 50_000;
 
@@ -31,6 +31,9 @@ pub struct Truth<'a> {
     pub seen: Vec<Seen>,
     pub flows: Vec<Record>,
     pub server: &'a Pod,
+    /// How old what a node knows from the API may be: with the API server away, nobody hears
+    /// that an address is another pod's.
+    pub stale: Duration,
 }
 
 /// A flow record and its time.
@@ -112,18 +115,7 @@ impl Truth<'_> {
             let callers = self.by_port(port, *at)?;
             let named = flow.source.full_name();
             if flow.source.pod.is_some() && !callers.iter().any(|life| life.name == named) {
-                // The other node has a pod's name from the API, by the address: for a moment that
-                // may be the one's that had it before. Only if that was of the same identity, and
-                // the identity is the one that the handshake proved.
-                let before = self.lives.iter().find(|life| life.name == named);
-                let is_same = |life: &&&Life| {
-                    before.is_some_and(|before| {
-                        before.identity().is_some()
-                            && before.identity() == life.identity()
-                            && before.addresses.iter().any(|ip| life.addresses.contains(ip))
-                            && *at <= before.to + API
-                    })
-                };
+                let is_same = |life: &&&Life| self.is_predecessor(&named, life, *at);
                 let known = flow.source.known_by.as_deref();
                 let is_predecessor = known == Some("mtls") && callers.iter().any(|l| is_same(&l));
                 ensure!(is_predecessor, "{flow} of {callers:#?}");
@@ -163,7 +155,7 @@ impl Truth<'_> {
                         && call.begin <= life.to
                 })
                 .with_context(|| format!("{call:?} was answered by nobody that lived"))?;
-            let records: Vec<&Flow> = by_source
+            let records: Vec<&Record> = by_source
                 .get(&local.port())
                 .into_iter()
                 .flatten()
@@ -174,24 +166,44 @@ impl Truth<'_> {
                         && call.begin <= record.at + BEFORE
                         && record.at <= call.end + BEHIND
                 })
-                .map(|record| &record.flow)
+                .copied()
                 .collect();
             if server.kind == Kind::Off {
                 compared.by_address += 1;
-                let names = |flow: &&Flow| flow.destination.full_name() == server.name;
+                let names = |record: &&Record| record.flow.destination.full_name() == server.name;
                 compared.stale += u64::from(!records.iter().any(names));
                 continue;
             }
             // Both ends have told of it, or at least one.
             ensure!(!records.is_empty(), "{call:?} has no record; it was {server:?}");
-            for flow in records {
-                ensure!(flow.destination.full_name() == server.name, "{flow}; it was {server:?}");
+            for Record { flow, at } in records {
+                let named = flow.destination.full_name();
+                if named != server.name {
+                    let is_predecessor =
+                        flow.reporter == "source" && self.is_predecessor(&named, server, *at);
+                    ensure!(is_predecessor, "{flow}; it was {server:?}");
+                    compared.predecessors += 1;
+                }
                 ensure!(flow.destination.identity == server.identity(), "{flow} {server:?}");
                 ensure!(flow.via == "mtls", "{flow}: not through a tunnel");
             }
             compared.servers += 1;
         }
         Ok(())
+    }
+
+    /// True when a pod of this name had an address of this one before, under the same identity.
+    ///
+    /// The other node has a pod's name from the API, by the address; the identity is the one that
+    /// the handshake proved. So for as long as the API's word is old, it may name the one before.
+    fn is_predecessor(&self, named: &str, life: &Life, at: u64) -> bool {
+        let stale = self.stale.as_micros() as u64;
+        self.lives.iter().filter(|before| before.name == named).any(|before| {
+            before.identity().is_some()
+                && before.identity() == life.identity()
+                && before.addresses.iter().any(|ip| life.addresses.contains(ip))
+                && at <= before.to + stale
+        })
     }
 
     /// Who called this port of the servers about then.
