@@ -598,6 +598,7 @@ fn kernel_config(config: &AgentConfig, succeeds: bool) -> KernelConfig {
 
 fn data_plane_config(config: &AgentConfig) -> DataPlaneConfig {
     let mut plane = DataPlaneConfig::new(config.limits, config.strict_grace);
+    plane.wires = config.tunnel;
     if let Some(cores) = config.cores {
         plane.cores = cores.max(1);
     }

@@ -11,7 +11,7 @@
 //!    [`trust`] holds the bundles of all trusted domains.
 //! 3. [`cluster`] says what the cluster is: a [`cluster::model::World`] with a revision.
 //! 4. [`kernel`] loads, attaches and pins the programs and writes their maps; [`svid`]
-//!    requests and rotates SVIDs; [`tunnel`] speaks HBONE.
+//!    requests and rotates SVIDs; [`tunnel`] speaks the native wire and HBONE.
 //! 5. [`endpoint`] finds this node's pods and reconciles the kernel with the world.
 //! 6. [`flow`] records verdicts.
 //! 7. [`proxy`] carries flows; [`observer`] and [`admin`] answer the command line;

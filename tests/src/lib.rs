@@ -23,7 +23,7 @@
 //! Environment: `SIGNET_BIN`, `SIGNET_LAB_WORKER` (programs), `SIGNET_LAB_FAMILY`
 //! (`dual|v4|v6`), `SIGNET_LAB_BACKEND` (`own|containerd`), `SIGNET_LAB_DIR` (where files go), `SIGNET_LAB_LOGS` (agent logs also of
 //! tests that pass), `SIGNET_LAB_KEEP_FAILED` (copies logs and cluster directory of a test
-//! that fails); agents inherit `SIGNET_MASK_FEATURES`.
+//! that fails); agents inherit `SIGNET_MASK_FEATURES` and `SIGNET_TUNNEL`.
 
 #![forbid(unsafe_code)]
 

@@ -361,7 +361,8 @@ pub fn tail_of(log: &Path, lines: usize) -> String {
 pub fn without_own_variables(command: &mut Command) {
     for (key, _) in std::env::vars_os() {
         let name = key.to_string_lossy();
-        if name.starts_with("SIGNET_") && name != "SIGNET_MASK_FEATURES" {
+        let for_agents = ["SIGNET_MASK_FEATURES", "SIGNET_TUNNEL"];
+        if name.starts_with("SIGNET_") && !for_agents.contains(&&*name) {
             command.env_remove(&key);
         }
     }

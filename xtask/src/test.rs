@@ -84,14 +84,14 @@ enum Variant {
     Masked,
     /// Only IPv6.
     V6,
-    /// Only IPv4.
-    V4,
+    /// Only IPv4, and HBONE between agents.
+    Hbone,
     /// Pods made by containerd, runc and CNI plugins instead of the lab's own kubelet.
     Runtime,
 }
 
 impl Variant {
-    const ALL: [Self; 5] = [Self::Dual, Self::Masked, Self::V6, Self::V4, Self::Runtime];
+    const ALL: [Self; 5] = [Self::Dual, Self::Masked, Self::V6, Self::Hbone, Self::Runtime];
 
     /// How the lab is told.
     fn environment(self) -> &'static [(&'static str, &'static str)] {
@@ -99,7 +99,7 @@ impl Variant {
             Self::Dual => &[("SIGNET_LAB_FAMILY", "dual")],
             Self::Masked => &[("SIGNET_LAB_FAMILY", "dual"), ("SIGNET_MASK_FEATURES", "5.15")],
             Self::V6 => &[("SIGNET_LAB_FAMILY", "v6")],
-            Self::V4 => &[("SIGNET_LAB_FAMILY", "v4")],
+            Self::Hbone => &[("SIGNET_LAB_FAMILY", "v4"), ("SIGNET_TUNNEL", "hbone")],
             Self::Runtime => &[("SIGNET_LAB_FAMILY", "dual"), ("SIGNET_LAB_BACKEND", "containerd")],
         }
     }
@@ -109,7 +109,7 @@ impl Variant {
         match self {
             Self::Dual => &[],
             // Those in modules named `core`.
-            Self::Masked | Self::V6 | Self::V4 => &["core::"],
+            Self::Masked | Self::V6 | Self::Hbone => &["core::"],
             Self::Runtime => RUNTIME_TESTS,
         }
     }
@@ -119,7 +119,7 @@ impl Variant {
             Self::Dual => "dual-stack",
             Self::Masked => "dual-stack, kernel features as of 5.15",
             Self::V6 => "IPv6 only",
-            Self::V4 => "IPv4 only",
+            Self::Hbone => "IPv4 only, over HBONE",
             Self::Runtime => "pods by containerd",
         }
     }

@@ -8,7 +8,7 @@ use super::{
     AgentConfig,
     values::{
         AccessLog, Authority, Builtin, DefaultAction, Enforcement, LogFormat, OtherProtocols,
-        Resolver, UnknownPods, WhenAgentDead, parse_range,
+        Resolver, TunnelWire, UnknownPods, WhenAgentDead, parse_range,
     },
     yaml::shorten,
 };
@@ -424,6 +424,11 @@ keys! {
         "Protocols besides TCP and UDP, from and to pods that are not off."
         set(c, v) { c.other_protocols = OtherProtocols::parse(one(v)?)?; }
         get(c) vec![c.other_protocols.as_str().into()];
+    "tunnel" Restart false "auto|native|hbone"
+        "What travels in tunnels: `signet/1` where the other agent speaks it, else HBONE (auto), or \
+         one of them alone, in both directions. A ztunnel speaks HBONE only."
+        set(c, v) { c.tunnel = TunnelWire::parse(one(v)?)?; }
+        get(c) vec![c.tunnel.as_str().into()];
     "rawGuard" Live false "true|false"
         "Whether frames that no socket of an enforced pod was let through with (packet sockets, \
          forged addresses) drop at the node's end of its veth."

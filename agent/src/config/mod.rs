@@ -25,7 +25,7 @@ use ipnet::IpNet;
 pub use self::keys::{Apply, KEYS, Key};
 use self::values::{
     AccessLog, Authority, Builtin, DefaultAction, Enforcement, LogFormat, OtherProtocols, Resolver,
-    UnknownPods, WhenAgentDead,
+    TunnelWire, UnknownPods, WhenAgentDead,
 };
 use self::yaml::{Fault, Node, Value};
 
@@ -61,6 +61,7 @@ pub struct AgentConfig {
     pub when_agent_dead: WhenAgentDead,
     pub enforcement: Enforcement,
     pub other_protocols: OtherProtocols,
+    pub tunnel: TunnelWire,
     pub raw_guard: bool,
     pub never_deny: Vec<String>,
     pub builtins: Vec<Builtin>,
@@ -136,6 +137,7 @@ impl Default for AgentConfig {
             when_agent_dead: WhenAgentDead::Allow,
             enforcement: Enforcement::Enforce,
             other_protocols: OtherProtocols::Allow,
+            tunnel: TunnelWire::Auto,
             raw_guard: true,
             never_deny: Vec::new(),
             builtins: Builtin::ALL.to_vec(),

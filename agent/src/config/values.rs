@@ -77,6 +77,18 @@ words! {
 }
 
 words! {
+    /// What travels in tunnels (DESIGN §4.4, §4a).
+    TunnelWire {
+        /// `signet/1` where the peer speaks it, else HBONE.
+        Auto = "auto",
+        /// `signet/1` alone.
+        Native = "native",
+        /// HBONE alone.
+        Hbone = "hbone",
+    }
+}
+
+words! {
     /// What becomes of pods that are not registered (DESIGN §5).
     UnknownPods {
         /// Refused while the agent lives and something is enforced.

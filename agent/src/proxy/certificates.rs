@@ -7,6 +7,7 @@ use std::{
 };
 
 use crate::{
+    config::values::TunnelWire,
     spiffe::{SpiffeId, Svid},
     trust::Trust,
     tunnel::tls::{ClientTls, ServerTls, TlsError},
@@ -16,27 +17,33 @@ use crate::{
 pub struct Certificates {
     /// A handshake must be through by then.
     timeout: Duration,
+    /// What tunnels may carry.
+    wires: TunnelWire,
     clients: Mutex<HashMap<SpiffeId, (Arc<Svid>, Arc<ClientTls>)>>,
     servers: Mutex<HashMap<SpiffeId, (Arc<Svid>, Arc<ServerTls>)>>,
 }
 
 impl Certificates {
     /// Nothing made yet.
-    pub fn new(timeout: Duration) -> Self {
-        Self { timeout, clients: Mutex::default(), servers: Mutex::default() }
+    pub fn new(timeout: Duration, wires: TunnelWire) -> Self {
+        Self { timeout, wires, clients: Mutex::default(), servers: Mutex::default() }
     }
 
     /// The configuration to dial with.
     pub fn client(&self, svid: &Arc<Svid>, trust: &Arc<Trust>) -> Result<Arc<ClientTls>, TlsError> {
         cached(&self.clients, svid, || {
-            Ok(ClientTls::new(svid, trust.clone())?.with_timeout(self.timeout))
+            Ok(ClientTls::new(svid, trust.clone())?
+                .with_timeout(self.timeout)
+                .with_wires(self.wires))
         })
     }
 
     /// The configuration to accept with.
     pub fn server(&self, svid: &Arc<Svid>, trust: &Arc<Trust>) -> Result<Arc<ServerTls>, TlsError> {
         cached(&self.servers, svid, || {
-            Ok(ServerTls::new(svid, trust.clone())?.with_timeout(self.timeout))
+            Ok(ServerTls::new(svid, trust.clone())?
+                .with_timeout(self.timeout)
+                .with_wires(self.wires))
         })
     }
 

@@ -9,6 +9,7 @@ use std::{
 
 use jiff::Timestamp;
 use signet_ebpf::abi::{Reason, TUNNEL_PORT};
+use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     net::{TcpSocket, TcpStream},
     time::timeout,
@@ -22,8 +23,9 @@ use crate::{
     spiffe::SpiffeId,
     tunnel::{
         hbone::{HboneError, client},
-        pool::{Dialled, Stamp},
-        tls::TlsError,
+        native,
+        pool::{Carrier, Dialled, Stamp},
+        tls::{PeerSvid, TlsError, TlsStream, Wire},
     },
 };
 
@@ -173,12 +175,36 @@ async fn attempt(
     let (stream, peer) = tls.connect(tcp, &key.expected).await.map_err(tls_error)?;
     // The generation that verified it: a change during the handshake makes it stale.
     let stamp = Stamp { trust: peer.bundle_generation, ..plane.stamp(&svid) };
+    let not_after = svid.not_after.min(peer.not_after);
+    let now = Instant::now();
+    let deadline = now.checked_add(usable_for(not_after, Timestamp::now())).unwrap_or(now);
+    let peer = Arc::new(peer);
+    let carrier = match stream.wire() {
+        Wire::Native => {
+            watch_for_death(stream.tcp());
+            Carrier::Own(Box::new(native::client::Connection::new(stream)))
+        }
+        Wire::Hbone => {
+            Carrier::Shared(share(plane, tracker, served, destination, stream, &peer).await?)
+        }
+    };
+    Ok(Dialled { carrier, stamp, deadline, peer })
+}
+
+/// Speaks HTTP/2's preface and lets the connection's driver run.
+async fn share(
+    plane: &Plane,
+    tracker: TaskTracker,
+    served: &Served,
+    destination: SocketAddr,
+    stream: TlsStream,
+    peer: &Arc<PeerSvid>,
+) -> Result<client::Client, DialError> {
     let (client, driver) = client::handshake(stream, plane.config.hbone)
         .await
         .map_err(|source| DialError::Hbone { destination, source })?;
     let (cut, ender, trust) = (served.cut.clone(), client.ender(), plane.trust.clone());
-    let not_after = svid.not_after.min(peer.not_after);
-    let proven = peer.id.clone();
+    let peer = peer.clone();
     tracker.spawn(async move {
         tokio::select! {
             ended = driver.run(cut) => {
@@ -193,9 +219,20 @@ async fn attempt(
             }
         }
     });
-    let now = Instant::now();
-    let deadline = now.checked_add(usable_for(not_after, Timestamp::now())).unwrap_or(now);
-    Ok(Dialled { client, stamp, deadline, peer: proven })
+    Ok(client)
+}
+
+/// Lets the kernel notice a peer that is gone, in half a minute as HTTP/2's PING would: the
+/// native wire has no frames for it.
+pub(super) fn watch_for_death(tcp: &TcpStream) {
+    let socket = SockRef::from(tcp);
+    let probes = TcpKeepalive::new()
+        .with_time(Duration::from_secs(10))
+        .with_interval(Duration::from_secs(5))
+        .with_retries(4);
+    // They fail only on a socket that is gone already, which the first read finds out.
+    let _ = socket.set_tcp_keepalive(&probes);
+    let _ = socket.set_tcp_user_timeout(Some(Duration::from_secs(30)));
 }
 
 /// How long a client begins flows on a tunnel whose certificates run out at `not_after`: somewhat

@@ -7,14 +7,17 @@ use std::{
 };
 
 use signet_ebpf::abi::{Direction, Reason, TUNNEL_PORT};
-use tokio::{net::TcpStream, time::sleep_until};
+use tokio::{
+    net::TcpStream,
+    time::{sleep, sleep_until},
+};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{
     counters::Counters,
     delivery::{DeliveryError, deliver},
-    dial::deadline,
+    dial::{deadline, watch_for_death},
     judge::{Facts, Judgement, judge},
     plane::Core,
     records::{FlowRecords, pod_party},
@@ -29,11 +32,12 @@ use crate::{
     tunnel::{
         copy::{self, CopyError, Counts, reset_on_close},
         hbone::{
-            HboneError,
+            self, HboneError,
             head::{HeadError, Refusal},
-            server::{Control, Incoming, serve as serve_http2},
+            server::{Control, serve as serve_http2},
         },
-        tls::{PeerSvid, TlsError},
+        native::{self, NativeError},
+        tls::{PeerSvid, TlsError, TlsStream, Wire},
     },
 };
 
@@ -53,6 +57,8 @@ enum Unaccepted {
     Tls(#[from] TlsError),
     #[error(transparent)]
     Hbone(#[from] HboneError),
+    #[error(transparent)]
+    Native(#[from] NativeError),
 }
 
 impl Unaccepted {
@@ -63,6 +69,7 @@ impl Unaccepted {
             Self::SvidMissing(_) => Reason::SvidMissing,
             Self::Tls(error) => error.reason(),
             Self::Hbone(error) => error.reason(),
+            Self::Native(error) => error.reason(),
         }
     }
 
@@ -73,7 +80,19 @@ impl Unaccepted {
             Self::SvidMissing(_) => "svid_missing",
             Self::Tls(error) => error.kind(),
             Self::Hbone(error) => error.kind(),
+            Self::Native(error) => error.kind(),
         }
+    }
+
+    /// True when the connection had been authenticated and only ended: its flows have their own
+    /// records. One that breaks the protocol is a refusal.
+    fn is_end(&self) -> bool {
+        matches!(self, Self::Hbone(_) | Self::Native(_)) && self.reason() != Reason::ProtocolError
+    }
+
+    /// True when its owner ended it.
+    fn is_cut(&self) -> bool {
+        matches!(self, Self::Hbone(HboneError::Cut) | Self::Native(NativeError::Cut))
     }
 }
 
@@ -154,10 +173,8 @@ pub async fn serve(core: Arc<Core>, served: Arc<Served>, tcp: TcpStream) {
     let (peer, local) = (canonical(peer), canonical(local));
     match accept(core, served.clone(), tcp, peer, local).await {
         Ok(()) => {}
-        // The connection had been authenticated and only ended: its flows have their own
-        // records. One that breaks the protocol is a refusal.
-        Err(Unaccepted::Hbone(error)) if error.reason() != Reason::ProtocolError => {
-            if !matches!(error, HboneError::Cut) {
+        Err(error) if error.is_end() => {
+            if !error.is_cut() {
                 plane.counters.failed(error.kind());
             }
             tracing::debug!(%peer, %local, kind = error.kind(), %error, "inbound tunnel ended");
@@ -193,7 +210,7 @@ async fn accept(
     // Fails only on a socket that is gone already, which the handshake finds out.
     let _ = tcp.set_nodelay(true);
     let handshake = served.handshake(peer.ip(), limits.handshakes, limits.handshakes_per_source);
-    let place = served.connection(limits.open_flows);
+    let place = served.connection(connections(limits.open_flows));
     let (Some(handshake), Some(_place)) = (handshake, place) else {
         reset_on_close(&tcp);
         return Err(Unaccepted::Limit);
@@ -215,14 +232,15 @@ async fn accept(
     let control = Control { drain: CancellationToken::new(), cut: served.cut.child_token() };
     let (begun, draining) = (Instant::now(), served.drain.clone());
     let (drain, cut) = (control.drain.clone(), control.cut.clone());
-    let (tracker, settings) = (core.tracker.clone(), plane.config.hbone);
     let cut_for = OnceLock::new();
     let tunnel = Arc::new(Tunnel { core, served, peer, local, certified, until, cut, cut_for });
-    let serving = serve_http2(stream, settings, control, |incoming| {
-        let tunnel = tunnel.clone();
-        let id = incoming_id(&incoming);
-        tracker.spawn(async move { tunnel.flow(incoming, id).await });
-    });
+    let serving = async {
+        match stream.wire() {
+            Wire::Hbone => tunnel.clone().serve_hbone(stream, control).await.map_err(Into::into),
+            Wire::Native => tunnel.serve_native(stream, control).await.map_err(Into::into),
+        }
+    };
+    tokio::pin!(serving);
     // Says goodbye when its certificates run out or trust changes: the client dials anew
     // and is verified under what holds then.
     let retire = async {
@@ -244,21 +262,26 @@ async fn accept(
         std::future::pending::<()>().await;
     };
     tokio::select! {
-        ended = serving => Ok(ended?),
+        ended = &mut serving => ended,
         () = retire => Ok(()),
         error = tunnel.certified.distrusted(&plane.trust) => {
             tracing::info!(%peer, id = %tunnel.certified.id, %error, "tunnel cut");
             // The reason first: its flows look for it when they are told.
             let _ = tunnel.cut_for.set(error.reason());
             tunnel.cut.cancel();
-            Ok(())
+            match serving.await {
+                Err(error) if !Unaccepted::is_cut(&error) => Err(error),
+                _ => Ok(()),
+            }
         }
     }
 }
 
-/// The uuid that the client offers.
-fn incoming_id(incoming: &Incoming) -> Option<Uuid> {
-    incoming.head.as_ref().ok().and_then(|open| open.flow)
+/// How many connections an endpoint may have: each may carry a flow, and those that peers keep
+/// for their next flow must not stand in the way of others. What is over the limit of flows is
+/// refused flow by flow, with the reason.
+fn connections(open_flows: u32) -> u32 {
+    open_flows.saturating_mul(2).saturating_add(16)
 }
 
 /// The earlier end of both certificates.
@@ -267,16 +290,58 @@ fn expiry(own: &Svid, peer: &PeerSvid) -> Instant {
 }
 
 impl Tunnel {
-    /// Serves one CONNECT to its end.
-    async fn flow(&self, mut incoming: Incoming, offered: Option<Uuid>) {
+    /// Serves an HTTP/2 connection: its flows are tasks of their own.
+    async fn serve_hbone(
+        self: Arc<Self>,
+        stream: TlsStream,
+        control: Control,
+    ) -> Result<(), HboneError> {
+        let (tracker, settings) = (self.core.tracker.clone(), self.core.plane.config.hbone);
+        serve_http2(stream, settings, control, |incoming| {
+            let tunnel = self.clone();
+            tracker.spawn(async move { tunnel.flow(Incoming::Hbone(incoming)).await });
+        })
+        .await
+    }
+
+    /// Serves a native connection: one flow after the other.
+    async fn serve_native(&self, stream: TlsStream, control: Control) -> Result<(), NativeError> {
+        let settings = self.core.plane.config.hbone;
+        watch_for_death(stream.tcp());
+        let mut connection = native::server::Connection::new(stream);
+        loop {
+            let asked = tokio::select! {
+                // A goodbye that is due comes before the next request: its client asks again.
+                biased;
+                () = control.cut.cancelled() => return Err(NativeError::Cut),
+                () = control.drain.cancelled() => return connection.goodbye().await,
+                () = sleep(settings.server_idle) => return connection.goodbye().await,
+                asked = connection.next(settings.preface_timeout) => match asked? {
+                    Some(asked) => asked,
+                    None => return Ok(()),
+                },
+            };
+            let incoming = Incoming::Native(Box::new(connection.take(asked)));
+            match self.flow(incoming).await {
+                Some(free) => connection = free,
+                None => return Ok(()),
+            }
+        }
+    }
+
+    /// Serves one request to its end; gives a native connection back that may serve another.
+    async fn flow(&self, mut incoming: Incoming) -> Option<native::server::Connection<TlsStream>> {
         let plane = &self.core.plane;
-        let id = plane.flow_ids.admit(offered);
+        let asked = incoming.asked(self.peer.ip());
+        let id = plane.flow_ids.admit(asked.as_ref().ok().and_then(|asked| asked.flow));
         let limit = plane.limits.load().open_flows;
         let place = self.served.flow(limit);
         let registration = self.core.open_flows.register(self.served.key.clone(), &self.cut);
         let state = plane.state.current();
-        let client = self.client(&incoming);
-        let asked = incoming.head.as_ref().map_or(self.local, |open| open.destination);
+        // The tunnel's TCP peer: a request adds at most the port.
+        let claimed = asked.as_ref().ok().and_then(|asked| asked.client_port);
+        let client = SocketAddr::new(self.peer.ip(), claimed.unwrap_or(self.peer.port()));
+        let destination = asked.as_ref().map_or(self.local, |asked| asked.destination);
         let endpoint = endpoint(&state, &self.served);
         let mut records = FlowRecords::new(
             &plane.recorder,
@@ -284,7 +349,7 @@ impl Tunnel {
             id.uuid(),
             Direction::Ingress,
             self.source_party(&state, client),
-            destination_party(endpoint.as_deref(), asked),
+            destination_party(endpoint.as_deref(), destination),
         );
         if let Some(holder) = self.other_holder(&state, client) {
             // The certificate is what counts. But an SVID that is used from where another
@@ -298,13 +363,16 @@ impl Tunnel {
             );
             records.note("addressOf", holder);
         }
-        let admitted = match place {
-            Some(_) => self.admit(&incoming, client.ip(), |facts| registration.set_facts(facts)),
-            None => Err(Refused::Limit(limit)),
+        let admitted = match (&place, asked) {
+            (None, _) => Err(Refused::Limit(limit)),
+            (Some(_), Err(error)) => Err(error.into()),
+            (Some(_), Ok(asked)) => {
+                self.admit(asked.destination, client.ip(), |facts| registration.set_facts(facts))
+            }
         };
         let (destination, judgement) = match admitted {
             Ok(admitted) => admitted,
-            Err(refused) => return self.refuse(incoming, records, &refused, state.revision),
+            Err(refused) => return self.refuse(incoming, records, &refused, state.revision).await,
         };
         let delivered = tokio::select! {
             delivered = deliver(
@@ -317,30 +385,46 @@ impl Tunnel {
             reason = registration.closed() => Err(Refused::Closed(reason)),
             () = incoming.abandoned() => {
                 Counters::add(&plane.counters.abandoned);
-                return;
+                return None;
             }
         };
         let app = match delivered {
             Ok(app) => app,
-            Err(refused) => return self.refuse(incoming, records, &refused, judgement.revision),
-        };
-        let stream = match incoming.accept() {
-            Ok(stream) => stream,
-            Err(error) => {
-                // The client is gone; the application must not take this for an end.
-                tracing::debug!(flow = %id.uuid(), %error, "client gone before the answer");
-                Counters::add(&plane.counters.abandoned);
-                drop(app);
-                return;
+            Err(refused) => {
+                return self.refuse(incoming, records, &refused, judgement.revision).await;
             }
         };
-        records.passed(&judgement);
-        Counters::add(&plane.counters.forwarded);
         let counts = Counts::default();
-        let stop = async {
-            registration.closed().await;
+        let (result, free) = match incoming {
+            Incoming::Native(incoming) => {
+                records.passed(&judgement);
+                Counters::add(&plane.counters.forwarded);
+                let stop = registration.closed();
+                match native::copy::tunnel(app, incoming.accept(), &counts, stop).await {
+                    Ok(recycled) => (Ok(()), recycled.map(native::copy::Recycled::server)),
+                    Err(error) => (Err(error), None),
+                }
+            }
+            Incoming::Hbone(incoming) => {
+                let stream = match incoming.accept() {
+                    Ok(stream) => stream,
+                    Err(error) => {
+                        // The client is gone; the application must not take this for an end.
+                        tracing::debug!(flow = %id.uuid(), %error, "client gone before the answer");
+                        Counters::add(&plane.counters.abandoned);
+                        drop(app);
+                        return None;
+                    }
+                };
+                records.passed(&judgement);
+                Counters::add(&plane.counters.forwarded);
+                let stop = async {
+                    registration.closed().await;
+                };
+                (copy::tunnel(app, stream, &counts, stop).await, None)
+            }
         };
-        match copy::tunnel(app, stream, &counts, stop).await {
+        match result {
             Ok(()) => records.ended(&counts, Reason::Allowed, None),
             Err(error) => match (self.cut_for.get(), error) {
                 (Some(reason), _) => records.ended(&counts, *reason, None),
@@ -351,31 +435,18 @@ impl Tunnel {
                 (None, error) => records.ended(&counts, Reason::Allowed, Some(error.broken_by())),
             },
         }
-    }
-
-    /// The client's address: the tunnel's TCP peer. A header adds at most the port, and
-    /// only when it names that same address.
-    fn client(&self, incoming: &Incoming) -> SocketAddr {
-        let claimed = incoming.head.as_ref().ok().and_then(|open| open.client);
-        match claimed {
-            Some(claimed) if claimed.ip() == self.peer.ip() => claimed,
-            _ => self.peer,
-        }
+        free
     }
 
     /// Checks the request and judges it under a state that is current after the flow could
     /// be found by whoever re-judges.
     fn admit(
         &self,
-        incoming: &Incoming,
+        destination: SocketAddr,
         client: IpAddr,
         set_facts: impl Fn(Facts),
     ) -> Result<(SocketAddr, Judgement), Refused> {
         let plane = &self.core.plane;
-        let destination = match &incoming.head {
-            Ok(open) => open.destination,
-            Err(error) => return Err(error.clone().into()),
-        };
         if self.served.drain.is_cancelled() && !plane.is_succeeded() {
             return Err(Refused::Draining);
         }
@@ -441,23 +512,86 @@ impl Tunnel {
         differs.then(|| format!("{}/{}", pod.name.namespace, pod.name.name))
     }
 
-    /// Answers with the reason and records it.
-    fn refuse(&self, incoming: Incoming, mut records: FlowRecords, why: &Refused, revision: u64) {
+    /// Records the refusal and answers with its reason.
+    async fn refuse(
+        &self,
+        incoming: Incoming,
+        mut records: FlowRecords,
+        why: &Refused,
+        revision: u64,
+    ) -> Option<native::server::Connection<TlsStream>> {
         let plane = &self.core.plane;
         Counters::add(&plane.counters.refused);
         tracing::debug!(
             peer = %self.peer,
             identity = %self.certified.id.as_str(),
-            authority = %incoming.authority,
+            destination = %incoming.shown(),
             error = %why,
             "inbound flow refused"
         );
         let policy = why.policy();
         // The names of our policies are for our own trust domain.
         let own = plane.state.current().world.trust_domain == self.certified.id.trust_domain();
-        let refusal = Refusal::new(why.reason()).with_policy(policy.clone().filter(|_| own));
-        incoming.refuse(&refusal);
+        let told = policy.clone().filter(|_| own);
         records.refused(why.reason(), policy, revision);
+        match incoming {
+            Incoming::Native(incoming) => incoming.refuse(why.reason(), told).await,
+            Incoming::Hbone(incoming) => {
+                incoming.refuse(&Refusal::new(why.reason()).with_policy(told));
+                None
+            }
+        }
+    }
+}
+
+/// A request over either wire, not answered yet.
+enum Incoming {
+    Hbone(hbone::server::Incoming),
+    Native(Box<native::server::Incoming<TlsStream>>),
+}
+
+/// What a request asks for.
+struct Asked {
+    destination: SocketAddr,
+    client_port: Option<u16>,
+    flow: Option<Uuid>,
+}
+
+impl Incoming {
+    /// What it asks for. A port that is claimed with another address than the tunnel's peer has
+    /// is not the client's.
+    fn asked(&self, peer: IpAddr) -> Result<Asked, HeadError> {
+        match self {
+            Self::Native(incoming) => {
+                let native::frame::Open { destination, client_port, flow } = incoming.open;
+                Ok(Asked { destination, client_port, flow })
+            }
+            Self::Hbone(incoming) => {
+                let open = incoming.head.as_ref().map_err(Clone::clone)?;
+                let client_port = open.client.filter(|client| client.ip() == peer);
+                Ok(Asked {
+                    destination: open.destination,
+                    client_port: client_port.map(|client| client.port()),
+                    flow: open.flow,
+                })
+            }
+        }
+    }
+
+    /// Completes when the client has given the flow up or the connection is gone.
+    async fn abandoned(&mut self) {
+        match self {
+            Self::Hbone(incoming) => incoming.abandoned().await,
+            Self::Native(incoming) => incoming.abandoned().await,
+        }
+    }
+
+    /// Where it wants to go, fit for logs.
+    fn shown(&self) -> String {
+        match self {
+            Self::Hbone(incoming) => incoming.authority.clone(),
+            Self::Native(incoming) => incoming.open.destination.to_string(),
+        }
     }
 }
 

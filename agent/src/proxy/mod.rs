@@ -97,7 +97,7 @@ impl DataPlane {
         let sockets = PodSockets::kernel(deps.opener, deps.flow_sockets);
         let plane = Plane {
             limits: ArcSwap::from_pointee(config.limits),
-            certificates: Certificates::new(config.handshake_timeout),
+            certificates: Certificates::new(config.handshake_timeout, config.wires),
             config,
             state: deps.state,
             sockets,

@@ -3,8 +3,8 @@
 use std::{
     net::{IpAddr, SocketAddr},
     os::fd::AsFd,
-    sync::Arc,
-    time::Duration,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
 };
 
 use http::HeaderValue;
@@ -34,11 +34,13 @@ use crate::{
     tunnel::{
         copy::{self, CopyError, Counts, reset_on_close},
         hbone::{
-            Stream,
+            self,
             client::{OpenError, Permit},
             head::Open,
         },
-        pool::Stamp,
+        native::{self, client::Early},
+        pool::{Free, Lease, Place, Stamp},
+        tls::{PeerSvid, TlsStream},
     },
 };
 
@@ -65,6 +67,8 @@ enum Refused {
     Dial(Arc<DialError>),
     #[error(transparent)]
     Open(#[from] OpenError),
+    #[error(transparent)]
+    Asked(#[from] native::client::OpenError),
     #[error("no tunnel to {0} within {ESTABLISH_WITHIN:?}")]
     TooLong(SocketAddr),
     #[error("the flow lost its right before it was open: {0:?}")]
@@ -81,6 +85,7 @@ impl Refused {
             Self::Policy(judgement) => judgement.reason,
             Self::Dial(error) => error.reason(),
             Self::Open(error) => error.reason(),
+            Self::Asked(error) => error.reason(),
             Self::Closed(reason) => *reason,
         }
     }
@@ -88,7 +93,8 @@ impl Refused {
     fn policy(&self) -> Option<PolicyName> {
         match self {
             Self::Policy(judgement) => judgement.policy.clone(),
-            Self::Open(OpenError::Refused(refusal)) => refusal.policy.clone(),
+            Self::Open(OpenError::Refused(refusal))
+            | Self::Asked(native::client::OpenError::Refused(refusal)) => refusal.policy.clone(),
             _ => None,
         }
     }
@@ -99,6 +105,10 @@ impl Refused {
             Self::Dial(error) => Some(error.kind()),
             Self::Open(OpenError::Unanswered(_)) => Some("unanswered"),
             Self::Open(OpenError::Broken(_)) => Some("broken"),
+            Self::Asked(native::client::OpenError::Unanswered(_)) => Some("unanswered"),
+            Self::Asked(
+                native::client::OpenError::Broken { .. } | native::client::OpenError::Closed,
+            ) => Some("broken"),
             _ => None,
         }
     }
@@ -106,8 +116,33 @@ impl Refused {
 
 /// How a flow goes on after it was let through.
 enum Onward {
-    Tunnel(Stream, Permit, SpiffeId),
+    /// A stream on a shared connection.
+    Shared(hbone::Stream, Permit, Arc<PeerSvid>),
+    /// A connection for this flow.
+    Own(Box<Own>),
     Direct(TcpStream),
+}
+
+/// How asking on one connection went.
+struct Attempt {
+    result: Result<Onward, Refused>,
+    /// Another connection may do.
+    is_connections_fault: bool,
+}
+
+impl Attempt {
+    fn done(onward: Onward) -> Self {
+        Self { result: Ok(onward), is_connections_fault: false }
+    }
+}
+
+/// A native connection while it carries a flow.
+struct Own {
+    stream: native::copy::Stream<TlsStream>,
+    key: TunnelKey,
+    stamp: Stamp,
+    deadline: Instant,
+    peer: Arc<PeerSvid>,
 }
 
 /// Serves one redirected client to its end.
@@ -140,8 +175,9 @@ pub async fn serve(core: Arc<Core>, served: Arc<Served>, app: TcpStream) {
         Ok(admitted) => admitted,
         Err(refused) => return flow.refuse(app, records, refused, state.revision),
     };
+    let mut early = Early::default();
     let established = tokio::select! {
-        established = timeout(ESTABLISH_WITHIN, flow.establish(&admitted)) => match established {
+        established = timeout(ESTABLISH_WITHIN, flow.establish(&admitted, &app, &mut early)) => match established {
             Ok(established) => established,
             Err(_) => Err(Refused::TooLong(admitted.route.destination)),
         },
@@ -157,26 +193,20 @@ pub async fn serve(core: Arc<Core>, served: Arc<Served>, app: TcpStream) {
         Err(refused) => return flow.refuse(app, records, refused, admitted.state.revision),
     };
     let proven = match &onward {
-        Onward::Tunnel(_, _, peer) => Some(peer),
+        Onward::Shared(_, _, peer) => Some(&peer.id),
+        Onward::Own(own) => Some(&own.peer.id),
         Onward::Direct(_) => None,
     };
     records.set_destination(admitted.destination(proven));
     records.passed(&admitted.judgement);
     Counters::add(&plane.counters.forwarded);
     let counts = Counts::default();
-    let stop = async {
-        flow.registration.closed().await;
-    };
-    let (result, ended_by) = match onward {
-        Onward::Tunnel(stream, permit, _) => {
-            (copy::tunnel(app, stream, &counts, stop).await, permit.ended_by())
-        }
-        Onward::Direct(server) => (copy::direct(app, server, &counts, stop).await, None),
-    };
+    let (result, ended_by) = flow.carry(app, onward, early, &counts).await;
     match result {
         Ok(()) => records.ended(&counts, Reason::Allowed, None),
         Err(CopyError::Stopped) => {
-            let reason = flow.registration.close_reason().unwrap_or(Reason::Internal);
+            let reason =
+                ended_by.or_else(|| flow.registration.close_reason()).unwrap_or(Reason::Internal);
             records.ended(&counts, reason, None);
         }
         Err(error) => match ended_by {
@@ -311,7 +341,67 @@ impl Outbound<'_> {
         }
     }
 
-    async fn establish(&self, admitted: &Admitted) -> Result<Onward, Refused> {
+    /// Copies the flow to its end; says beside the outcome why this side has ended its tunnel,
+    /// if it did.
+    async fn carry(
+        &self,
+        app: TcpStream,
+        onward: Onward,
+        early: Early,
+        counts: &Counts,
+    ) -> (Result<(), CopyError>, Option<Reason>) {
+        let closed = async {
+            self.registration.closed().await;
+        };
+        let Early { bytes: said, end } = early;
+        counts.from_app.fetch_add(said.len() as u64, Ordering::Relaxed);
+        match onward {
+            Onward::Direct(server) => (copy::direct(app, server, counts, closed).await, None),
+            Onward::Shared(stream, permit, _) => {
+                let copied = copy::tunnel_after(app, stream, said.into(), end, counts, closed);
+                (copied.await, permit.ended_by())
+            }
+            Onward::Own(own) => {
+                // They are with the peer.
+                drop(said);
+                let Own { stream, key, stamp, deadline, peer } = *own;
+                let mut distrusted = None;
+                let stop = async {
+                    tokio::select! {
+                        reason = self.registration.closed() => reason,
+                        error = peer.distrusted(&self.core.plane.trust) => {
+                            tracing::info!(peer = %peer.id, %error, "tunnel cut");
+                            *distrusted.insert(error.reason())
+                        }
+                    }
+                };
+                match native::copy::tunnel(app, stream, counts, stop).await {
+                    Ok(recycled) => {
+                        if let Some(recycled) = recycled {
+                            let connection = Box::new(recycled.client());
+                            self.give_back(&key, Free { connection, stamp, deadline, peer });
+                        }
+                        (Ok(()), None)
+                    }
+                    Err(error) => (Err(error), distrusted),
+                }
+            }
+        }
+    }
+
+    /// Keeps a connection for the next flow, while its endpoint is served.
+    fn give_back(&self, key: &TunnelKey, free: Free) {
+        if !self.served.drain.is_cancelled() && !self.served.cut.is_cancelled() {
+            self.core.pool.give_back(key, free);
+        }
+    }
+
+    async fn establish(
+        &self,
+        admitted: &Admitted,
+        app: &TcpStream,
+        early: &mut Early,
+    ) -> Result<Onward, Refused> {
         let plane = &self.core.plane;
         let expected = match &admitted.route.path {
             Path::Tunnel(identity) => names_of(identity, &admitted.state.world.federation),
@@ -348,22 +438,72 @@ impl Outbound<'_> {
             };
             let lease = self.core.pool.lease(&key, stamp, dial).await.map_err(Refused::Dial)?;
             if matches!(admitted.route.path, Path::Remote(_)) {
-                self.judge_proven(admitted, &lease.peer)?;
+                self.judge_proven(admitted, &lease.peer.id)?;
             }
-            match lease.client.open(&open).await {
-                Ok(stream) => return Ok(Onward::Tunnel(stream, lease.permit, lease.peer)),
-                Err(error) if error.is_connections_fault() => {
-                    // The peer says goodbye while old flows keep the connection alive:
-                    // nobody else is to find it in the pool.
-                    lease.client.retire();
-                    // One that was dialled for this flow would only fail again.
-                    // A peer's agent that goes says so on each of its connections.
-                    tries += 1;
-                    if tries >= TRIES || !lease.reused {
-                        return Err(error.into());
+            let reused = lease.reused;
+            let Attempt { result, is_connections_fault } =
+                self.attempt(&key, lease, &open, app, early).await;
+            match result {
+                Ok(onward) => return Ok(onward),
+                // One that was dialled for this flow would only fail again. A peer's agent that
+                // goes says so on each of its connections.
+                Err(_) if is_connections_fault && reused && tries + 1 < TRIES => tries += 1,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Asks for the flow on one connection.
+    async fn attempt(
+        &self,
+        key: &TunnelKey,
+        lease: Lease,
+        open: &Open,
+        app: &TcpStream,
+        early: &mut Early,
+    ) -> Attempt {
+        let Lease { place, stamp, deadline, peer, .. } = lease;
+        match place {
+            Place::Stream(client, permit) => match client.open(open).await {
+                Ok(stream) => Attempt::done(Onward::Shared(stream, permit, peer)),
+                Err(error) => {
+                    let is_connections_fault = error.is_connections_fault();
+                    if is_connections_fault {
+                        // The peer says goodbye while old flows keep the connection alive:
+                        // nobody else is to find it in the pool.
+                        client.retire();
+                    }
+                    Attempt { result: Err(error.into()), is_connections_fault }
+                }
+            },
+            Place::Whole(connection) => {
+                let asked = native::frame::Open {
+                    destination: open.destination,
+                    client_port: Some(self.client_port),
+                    flow: open.flow,
+                };
+                let within = self.core.plane.config.hbone.answer_timeout;
+                let (answer, free) = connection.open(&asked, app, early, within).await;
+                match answer {
+                    Ok(stream) => {
+                        let key = key.clone();
+                        Attempt::done(Onward::Own(Box::new(Own {
+                            stream,
+                            key,
+                            stamp,
+                            deadline,
+                            peer,
+                        })))
+                    }
+                    Err(error) => {
+                        if let Some(connection) = free {
+                            let connection = Box::new(connection);
+                            self.give_back(key, Free { connection, stamp, deadline, peer });
+                        }
+                        let is_connections_fault = error.is_connections_fault();
+                        Attempt { result: Err(error.into()), is_connections_fault }
                     }
                 }
-                Err(error) => return Err(error.into()),
             }
         }
     }

@@ -22,7 +22,7 @@ use super::{
     sockets::PodSockets,
 };
 use crate::{
-    config::Limits,
+    config::{Limits, values::TunnelWire},
     endpoint::state::{EndpointKey, NodeStateHandle},
     flow::Recorder,
     spiffe::Svid,
@@ -49,7 +49,10 @@ pub struct DataPlaneConfig {
     pub app_timeout: Duration,
     /// Open flows that go direct from a pod that has turned strict end after this.
     pub strict_grace: Duration,
-    /// Windows, limits and timers of HTTP/2.
+    /// What tunnels may carry.
+    pub wires: TunnelWire,
+    /// Windows, limits and timers of HTTP/2; those of requests and of idle connections hold for
+    /// the native wire, too.
     pub hbone: hbone::Settings,
 }
 
@@ -63,6 +66,7 @@ impl DataPlaneConfig {
             connect_timeout: Duration::from_secs(10),
             app_timeout: Duration::from_secs(10),
             strict_grace,
+            wires: TunnelWire::Auto,
             hbone: hbone::Settings::default(),
         }
     }

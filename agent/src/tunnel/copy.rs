@@ -29,7 +29,7 @@ const FIRST_BATCH: usize = 4 << 10;
 /// Size that a batch grows to while reads fill it, bytes.
 const LARGEST_BATCH: usize = 256 << 10;
 /// Batches after which a busy direction lets other flows of its core run.
-const TURN: usize = 4;
+pub(super) const TURN: usize = 4;
 
 /// Bytes that a flow has carried so far; read by others while it lives.
 #[derive(Debug, Default)]
@@ -74,7 +74,7 @@ pub fn reset_on_close(socket: &TcpStream) {
 }
 
 /// The flow has ended in order on both sides: what is still to be sent goes out first.
-fn end_on_close(socket: &TcpStream) {
+pub(super) fn end_on_close(socket: &TcpStream) {
     // As above.
     let _ = SockRef::from(socket).set_linger(None);
 }
@@ -83,7 +83,19 @@ fn end_on_close(socket: &TcpStream) {
 /// ended, one side breaks or `stop` completes; then what is open is reset.
 pub async fn tunnel(
     app: TcpStream,
+    stream: Stream,
+    counts: &Counts,
+    stop: impl Future<Output = ()>,
+) -> Result<(), CopyError> {
+    tunnel_after(app, stream, Bytes::new(), false, counts, stop).await
+}
+
+/// As [`tunnel`], where `said` was read from the application already and, if `ended`, its FIN.
+pub async fn tunnel_after(
+    app: TcpStream,
     mut stream: Stream,
+    said: Bytes,
+    ended: bool,
     counts: &Counts,
     stop: impl Future<Output = ()>,
 ) -> Result<(), CopyError> {
@@ -93,7 +105,7 @@ pub async fn tunnel(
             app: &app,
             send: &mut stream.send,
             receive: &mut stream.receive,
-            up: Up { batch: FIRST_BATCH, pending: Bytes::new(), end: false, done: false },
+            up: Up { batch: FIRST_BATCH, pending: said, end: ended, done: false },
             down: Down { pending: Bytes::new(), taken: 0, end: false, done: false },
             counts,
         };
@@ -120,7 +132,7 @@ pub async fn tunnel(
 }
 
 /// The error that a socket is in.
-fn socket_error(socket: &TcpStream) -> io::Error {
+pub(super) fn socket_error(socket: &TcpStream) -> io::Error {
     match socket.take_error() {
         Ok(Some(error)) | Err(error) => error,
         Ok(None) => io::ErrorKind::ConnectionReset.into(),
@@ -417,8 +429,43 @@ fn poll_read(
     }
 }
 
+/// Reads into a buffer that is there already; zero at the end of the stream.
+pub(super) fn poll_read_into(
+    socket: &TcpStream,
+    cx: &mut Context<'_>,
+    buffer: &mut [u8],
+) -> Poll<io::Result<usize>> {
+    loop {
+        ready!(socket.poll_read_ready(cx))?;
+        let mut read = None;
+        let size = buffer.len();
+        let result = socket.try_io(Interest::READABLE, || {
+            match rustix::net::recv(socket, &mut *buffer, RecvFlags::empty()) {
+                Ok((n, _)) => {
+                    read = Some(n);
+                    // As in `poll_read`: a short read has emptied the socket.
+                    if n > 0 && n < size { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+                }
+                Err(Errno::INTR) => Ok(()),
+                Err(error) => Err(error.into()),
+            }
+        });
+        match (read, result) {
+            (Some(n), _) => return Poll::Ready(Ok(n)),
+            (None, Err(error)) if error.kind() != io::ErrorKind::WouldBlock => {
+                return Poll::Ready(Err(error));
+            }
+            (None, _) => {}
+        }
+    }
+}
+
 /// Writes what the socket takes.
-fn poll_write(socket: &TcpStream, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+pub(super) fn poll_write(
+    socket: &TcpStream,
+    cx: &mut Context<'_>,
+    bytes: &[u8],
+) -> Poll<io::Result<usize>> {
     loop {
         ready!(socket.poll_write_ready(cx))?;
         match socket.try_write(bytes) {
@@ -430,7 +477,7 @@ fn poll_write(socket: &TcpStream, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io
 }
 
 /// Sends the FIN; a socket that the other side has closed meanwhile needs none.
-fn shutdown_write(socket: &TcpStream) -> io::Result<()> {
+pub(super) fn shutdown_write(socket: &TcpStream) -> io::Result<()> {
     match SockRef::from(socket).shutdown(Shutdown::Write) {
         Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
         result => result,

@@ -8,18 +8,19 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// What a connection begins with, and returns to: a handshake needs no more.
-const SMALLEST: usize = 4 * 1024;
-/// What it grows to (×4 each time) while reads fill it.
-const LARGEST: usize = 256 * 1024;
-/// After so many reads in a row that would have fitted a quarter, it shrinks to that.
+use super::buffers::{Buffer, LARGEST, SMALLEST};
+
+/// After so many reads in a row that would have fitted a quarter, the buffer shrinks to that.
 const LEAN_READS: u8 = 32;
 
-/// Reads ahead into a buffer that grows with the traffic; writes pass through.
+/// Reads ahead into a buffer that grows with the traffic and that is held only while it has
+/// something to give; writes pass through.
 #[derive(Debug)]
 pub(super) struct ReadAhead<T> {
     inner: T,
-    buffer: Vec<u8>,
+    buffer: Option<Buffer>,
+    /// Size of the next buffer, bytes.
+    size: usize,
     /// What of the buffer is unread.
     unread: std::ops::Range<usize>,
     /// Reads in a row that would have fitted a quarter of the buffer.
@@ -28,21 +29,20 @@ pub(super) struct ReadAhead<T> {
 
 impl<T> ReadAhead<T> {
     pub(super) fn new(inner: T) -> Self {
-        Self { inner, buffer: vec![0; SMALLEST], unread: 0..0, lean: 0 }
+        Self { inner, buffer: None, size: SMALLEST, unread: 0..0, lean: 0 }
     }
 
     pub(super) fn get_ref(&self) -> &T {
         &self.inner
     }
 
-    /// Fits the (empty) buffer's size to what the last read brought.
+    /// Fits the size of the next buffer to what a read brought.
     fn fit(&mut self, read: usize) {
-        let size = self.buffer.len();
-        self.lean = if read <= size / 4 { self.lean.saturating_add(1) } else { 0 };
-        if read == size && size < LARGEST {
-            self.buffer = vec![0; size * 4];
-        } else if self.lean >= LEAN_READS && size > SMALLEST {
-            self.buffer = vec![0; size / 4];
+        self.lean = if read <= self.size / 4 { self.lean.saturating_add(1) } else { 0 };
+        if read == self.size && self.size < LARGEST {
+            self.size *= 4;
+        } else if self.lean >= LEAN_READS && self.size > SMALLEST {
+            self.size /= 4;
             self.lean = 0;
         }
     }
@@ -56,18 +56,20 @@ impl<T: AsyncRead + Unpin> AsyncRead for ReadAhead<T> {
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
         if this.unread.is_empty() {
-            // As large as what the last read brought deserves; nothing is in it now.
-            let last = this.unread.end;
-            if last > 0 {
-                this.fit(last);
-                this.unread = 0..0;
-            }
-            let mut buf = ReadBuf::new(&mut this.buffer);
-            ready!(Pin::new(&mut this.inner).poll_read(cx, &mut buf))?;
-            this.unread = 0..buf.filled().len();
+            let mut buffer = match this.buffer.take() {
+                Some(buffer) if buffer.len() == this.size => buffer,
+                _ => Buffer::take(this.size),
+            };
+            // Dropped, and so given back, while there is nothing to read.
+            let mut into = ReadBuf::new(&mut buffer);
+            ready!(Pin::new(&mut this.inner).poll_read(cx, &mut into))?;
+            this.unread = 0..into.filled().len();
+            this.fit(this.unread.end);
+            this.buffer = Some(buffer);
         }
+        let Some(buffer) = &this.buffer else { return Poll::Ready(Ok(())) };
         let n = this.unread.len().min(out.remaining());
-        out.put_slice(&this.buffer[this.unread.start..this.unread.start + n]);
+        out.put_slice(&buffer[this.unread.start..this.unread.start + n]);
         this.unread.start += n;
         Poll::Ready(Ok(()))
     }
@@ -105,7 +107,12 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for ReadAhead<T> {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+    use std::time::Duration;
+
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt, duplex},
+        time::timeout,
+    };
 
     use super::*;
 
@@ -122,14 +129,16 @@ mod tests {
         let mut got = vec![0; expected.len()];
         reader.read_exact(&mut got).await.unwrap();
         assert!(got == expected);
-        assert_eq!(reader.buffer.len(), LARGEST);
+        assert_eq!(reader.size, LARGEST);
 
         let mut writer = writing.await.unwrap();
         for i in 0..200u8 {
             writer.write_all(&[i]).await.unwrap();
             assert_eq!(reader.read_u8().await.unwrap(), i);
         }
-        assert_eq!(reader.buffer.len(), SMALLEST);
+        assert_eq!(reader.size, SMALLEST);
+        assert!(timeout(Duration::from_millis(10), reader.read_u8()).await.is_err());
+        assert!(reader.buffer.is_none(), "one that waits holds no buffer");
         drop(writer);
         assert_eq!(reader.read(&mut [0; 8]).await.unwrap(), 0);
         assert_eq!(reader.read(&mut [0; 8]).await.unwrap(), 0, "an end stays one");

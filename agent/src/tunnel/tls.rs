@@ -1,7 +1,7 @@
 //! Mutual TLS between SVIDs: the only file that names rustls' connection types.
 //!
-//! TLS 1.3 only, both sides' certificates, ALPN `h2` demanded, no SNI, no resumption, no
-//! tickets, no early data. Every handshake has a verifier of its own, which holds the peer's
+//! TLS 1.3 only, both sides' certificates, ALPN demanded (`signet/1` before `h2`), no SNI, no
+//! resumption, no tickets, no early data. Every handshake has a verifier of its own, which holds the peer's
 //! chain against the bundle of *its* trust domain (see [`crate::spiffe::validate`]) and, for
 //! a client, against the identities that the destination may have, before the client's
 //! Finished leaves. Signatures are the crypto provider's.
@@ -40,6 +40,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::read_ahead::ReadAhead;
 use crate::{
+    config::values::TunnelWire,
     spiffe::{
         SpiffeId, Svid,
         validate::{PeerRole, ValidationError, validate},
@@ -49,6 +50,8 @@ use crate::{
 
 /// ALPN of HBONE.
 const H2: &[u8] = b"h2";
+/// ALPN of the native wire.
+const NATIVE: &[u8] = b"signet/1";
 /// A handshake that takes longer has failed.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Ciphertext that may wait to be written, in bytes: one write takes a whole batch.
@@ -68,9 +71,29 @@ pub struct ServerTls {
     own: Own,
 }
 
+/// What a session carries, as both sides have agreed.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Wire {
+    /// [`super::hbone`]: ALPN `h2`.
+    Hbone,
+    /// [`super::native`]: ALPN `signet/1`.
+    Native,
+}
+
+/// The protocols that a side offers or takes, the preferred one first.
+fn protocols(wires: TunnelWire) -> Vec<Vec<u8>> {
+    match wires {
+        TunnelWire::Auto => vec![NATIVE.to_vec(), H2.to_vec()],
+        TunnelWire::Native => vec![NATIVE.to_vec()],
+        TunnelWire::Hbone => vec![H2.to_vec()],
+    }
+}
+
 /// What both sides know about themselves.
 #[derive(Clone)]
 struct Own {
+    /// The wires to agree on.
+    wires: TunnelWire,
     id: SpiffeId,
     not_after: Timestamp,
     trust: Arc<Trust>,
@@ -153,8 +176,10 @@ pub enum TlsError {
     /// TLS, but not ours.
     #[error("the peer's TLS does not fit ({0}); TLS 1.3 with an AES-GCM suite is needed")]
     Incompatible(String),
-    /// No `h2`.
-    #[error("the peer did not agree on ALPN h2; it must offer it, as HBONE does")]
+    /// No wire in common.
+    #[error(
+        "the peer did not agree on a wire; it must offer ALPN signet/1 or h2 (HBONE), as `tunnel` allows on both sides"
+    )]
     AlpnMissing,
     /// The peer sent an alert.
     #[error("the peer refused the handshake with the alert {0:?}; its log says why")]
@@ -191,7 +216,7 @@ pub enum TlsError {
     },
 }
 
-/// An authenticated, encrypted byte stream over TCP; `h2` runs over it.
+/// An authenticated, encrypted byte stream over TCP; a wire's frames run over it.
 ///
 /// A write may leave ciphertext behind that only the next write or a *flush* sends: flush
 /// before waiting for an answer.
@@ -200,7 +225,10 @@ pub enum TlsError {
 /// [`tokio::io::AsyncWriteExt::shutdown`] ends it properly. An end of file without the
 /// peer's close_notify is an error ([`io::ErrorKind::UnexpectedEof`]).
 #[derive(Debug)]
-pub struct TlsStream(tokio_rustls::TlsStream<ReadAhead<TcpStream>>);
+pub struct TlsStream {
+    stream: tokio_rustls::TlsStream<ReadAhead<TcpStream>>,
+    wire: Wire,
+}
 
 impl ClientTls {
     /// The client's side for a source identity.
@@ -215,7 +243,7 @@ impl ClientTls {
             .with_custom_certificate_verifier(PeerVerifier::new(&own, Some(Vec::new())))
             .with_client_auth_cert(svid.chain_der.clone(), svid.private_key())
             .map_err(unusable)?;
-        config.alpn_protocols = vec![H2.to_vec()];
+        config.alpn_protocols = protocols(own.wires);
         config.enable_sni = false;
         config.resumption = Resumption::disabled();
         config.enable_early_data = false;
@@ -225,6 +253,13 @@ impl ClientTls {
     /// The same with another limit for a handshake's duration.
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.own.timeout = timeout;
+        self
+    }
+
+    /// The same, offering these wires; both without it.
+    pub fn with_wires(mut self, wires: TunnelWire) -> Self {
+        self.own.wires = wires;
+        self.config.alpn_protocols = protocols(wires);
         self
     }
 
@@ -264,6 +299,12 @@ impl ServerTls {
         self
     }
 
+    /// The same, taking these wires; both without it.
+    pub fn with_wires(mut self, wires: TunnelWire) -> Self {
+        self.own.wires = wires;
+        self
+    }
+
     /// Makes a session with a client of any trusted domain.
     pub async fn accept(&self, tcp: TcpStream) -> Result<(TlsStream, PeerSvid), TlsError> {
         self.own.check_validity()?;
@@ -282,7 +323,7 @@ impl ServerTls {
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_client_cert_verifier(Arc::clone(verifier) as _)
             .with_cert_resolver(Arc::clone(&self.certificate) as _);
-        config.alpn_protocols = vec![H2.to_vec()];
+        config.alpn_protocols = protocols(self.own.wires);
         config.ignore_client_order = true;
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
@@ -294,7 +335,7 @@ impl ServerTls {
 impl Own {
     fn new(svid: &Svid, trust: Arc<Trust>) -> Self {
         let (id, not_after) = (svid.id.clone(), svid.not_after);
-        Self { id, not_after, trust, timeout: HANDSHAKE_TIMEOUT }
+        Self { wires: TunnelWire::Auto, id, not_after, trust, timeout: HANDSHAKE_TIMEOUT }
     }
 
     fn check_validity(&self) -> Result<(), TlsError> {
@@ -321,21 +362,28 @@ impl Own {
             // A session whose peer nobody has verified must not exist.
             (Ok(_), None) => return Err(TlsError::NoCertificate),
         };
-        if stream.get_ref().1.alpn_protocol() != Some(H2) {
-            return Err(TlsError::AlpnMissing);
-        }
+        let wire = match stream.get_ref().1.alpn_protocol() {
+            Some(H2) => Wire::Hbone,
+            Some(NATIVE) => Wire::Native,
+            _ => return Err(TlsError::AlpnMissing),
+        };
         match &mut stream {
             tokio_rustls::TlsStream::Client(s) => s.get_mut().1.set_buffer_limit(Some(WRITE_BATCH)),
             tokio_rustls::TlsStream::Server(s) => s.get_mut().1.set_buffer_limit(Some(WRITE_BATCH)),
         }
-        Ok((TlsStream(stream), peer))
+        Ok((TlsStream { stream, wire }, peer))
     }
 }
 
 impl TlsStream {
     /// The socket below, for its addresses and options; reading or writing it breaks the session.
     pub fn tcp(&self) -> &TcpStream {
-        self.0.get_ref().0.get_ref()
+        self.stream.get_ref().0.get_ref()
+    }
+
+    /// What both sides have agreed that it carries.
+    pub fn wire(&self) -> Wire {
+        self.wire
     }
 }
 
@@ -345,7 +393,7 @@ impl AsyncRead for TlsStream {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buf)
+        Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
 
@@ -355,7 +403,7 @@ impl AsyncWrite for TlsStream {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, buf)
+        Pin::new(&mut self.stream).poll_write(cx, buf)
     }
 
     fn poll_write_vectored(
@@ -363,19 +411,19 @@ impl AsyncWrite for TlsStream {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write_vectored(cx, bufs)
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.0.is_write_vectored()
+        self.stream.is_write_vectored()
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
+        Pin::new(&mut self.stream).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 

@@ -25,7 +25,10 @@ use signet::{
     proto::flow,
     spiffe::{SpiffeId, TrustDomain, bundle::Bundle, jwks::SpiffeBundle, jwt::JwtSvid, leaf::Leaf},
     trust::federation,
-    tunnel::hbone::head::{Open, parse_address},
+    tunnel::{
+        hbone::head::{Open, parse_address},
+        native::frame,
+    },
     workload_api::authority::AuthorityFilter,
 };
 use signet_ebpf::abi::{Direction, Event, IDENTITY_NAME_LEN, IdentityName};
@@ -110,6 +113,16 @@ pub const TARGETS: &[Target] = &[
         ],
     },
     Target { name: "config", run: config, seeds: &[b"node: n\nsvidTtl: 1h\nlimits:\n  openFlows: 3\n", b"podRanges: [10.0.0.0/8]\n"] },
+    Target {
+        name: "native-frame",
+        run: native_frame,
+        seeds: &[
+            b"\x01\x00\x00\x1c\x01\x04\x0a\x00\x02\x07\x1f\x90\xa3\x900123456789abcdef",
+            b"\x05\x00\x00\x15\x01\x0fpolicy_no_matcha/b/c",
+            b"\x04\x00\x00\x08draining",
+            b"\x02\x00\x00\x05hello",
+        ],
+    },
     Target {
         name: "hbone-head",
         run: hbone_head,
@@ -286,6 +299,37 @@ fn config(data: &[u8]) -> bool {
 }
 
 /// The first line is the authority, the others are header fields.
+fn native_frame(data: &[u8]) -> bool {
+    let Some((header, payload)) = data.split_first_chunk::<{ frame::HEADER }>() else {
+        return false;
+    };
+    let Ok(parsed) = frame::Header::parse(*header) else { return false };
+    assert_eq!(parsed.encode(), *header, "as it was sent");
+    let Some(payload) = payload.get(..parsed.length) else { return false };
+    let mut again = Vec::new();
+    match parsed.kind {
+        frame::Kind::Open => {
+            let Ok(open) = frame::Open::parse(payload) else { return false };
+            open.encode(&mut again);
+            let read = frame::Open::parse(&again[frame::HEADER..]);
+            assert_eq!(read.expect("as written"), open);
+        }
+        frame::Kind::Status => {
+            let Ok(status) = frame::Status::parse(payload) else { return false };
+            status.encode(&mut again);
+            let read = frame::Status::parse(&again[frame::HEADER..]);
+            assert_eq!(read.expect("as written"), status);
+        }
+        frame::Kind::Reset => {
+            let reason = frame::parse_reset(payload);
+            frame::encode_reset(reason, &mut again);
+            assert_eq!(frame::parse_reset(&again[frame::HEADER..]), reason);
+        }
+        frame::Kind::Data | frame::Kind::Fin | frame::Kind::Close => {}
+    }
+    true
+}
+
 fn hbone_head(data: &[u8]) -> bool {
     let mut lines = data.split(|b| *b == b'\n');
     let Some(authority) = lines.next() else { return false };

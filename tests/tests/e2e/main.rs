@@ -1,7 +1,7 @@
 //! End-to-end tests: real agents, real eBPF, real traffic.
 //!
 //! What is in `core` is run once more for each variant (`SIGNET_LAB_FAMILY=v4|v6`,
-//! `SIGNET_MASK_FEATURES=5.15`), so it asks the lab for addresses and never assumes a family.
+//! `SIGNET_MASK_FEATURES=5.15`, `SIGNET_TUNNEL=hbone`), so it asks the lab for addresses and never assumes a family.
 
 mod agent_dead;
 mod agreement;

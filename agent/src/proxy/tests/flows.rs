@@ -15,11 +15,11 @@ use tokio::{
 };
 
 use super::{
-    APP_PORT, Authority, CLIENT_IP, Net, Node, OTHER_IP, SERVER_IP, Setup, address, allow, domain,
-    dropped, eventually, forwarded, identity, ip, limits, pod, world,
+    APP_PORT, Authority, CLIENT_IP, Net, Node, OTHER_IP, SERVER_IP, Setup, WIRES, address, allow,
+    domain, dropped, eventually, forwarded, identity, ip, limits, pod, world,
 };
 use crate::{
-    config::Limits,
+    config::{Limits, values::TunnelWire},
     endpoint::sockets::ListenerCommand,
     flow::{FlowEvent, FlowRecord, KnownBy, Reporter, Via},
     kernel::Confirm,
@@ -51,6 +51,10 @@ impl Pair {
     async fn at(client_ip: &str, server_ip: &str, adjust: impl Fn(&mut DataPlaneConfig)) -> Self {
         let net = Net::new().await;
         let authority = Authority::new();
+        let adjust = |config: &mut DataPlaneConfig| {
+            config.wires = WIRES;
+            adjust(config);
+        };
         let frontend = pod("frontend", client_ip, Mode::Strict);
         let payments = pod("payments", server_ip, Mode::Strict);
         let world = world(7, &[frontend.clone(), payments.clone()], &[&frontend, &payments]);
@@ -68,6 +72,12 @@ impl Pair {
 
     async fn listen(&self) -> TcpListener {
         self.net.listen(self.app()).await
+    }
+
+    /// Waits until neither end has an open flow: what they used may be used again.
+    async fn settled(&self) {
+        self.client.settled().await;
+        self.server.settled().await;
     }
 
     /// An established flow: the client's and the server's sockets, after one byte.
@@ -284,9 +294,11 @@ async fn resets_travel_both_ways_and_leave_nothing_behind() {
     }
     pair.client.settled().await;
     pair.server.settled().await;
-    // As many tasks as before: the pooled connection and the listeners.
+    // No more tasks than before: the listeners, and the pooled connection unless it went with
+    // its flow.
     eventually("tasks end", || {
-        (pair.client.plane.stats().tasks, pair.server.plane.stats().tasks) == tasks
+        let (client, server) = (pair.client.plane.stats().tasks, pair.server.plane.stats().tasks);
+        client <= tasks.0 && server <= tasks.1
     })
     .await;
 }
@@ -330,8 +342,11 @@ async fn short_connections_reach_their_own_server_and_leak_nothing() {
     pair.client.settled().await;
     pair.server.settled().await;
     let stats = pair.client.plane.stats();
-    assert!(stats.dialled <= 4, "the flows share connections: {stats:?}");
-    eventually("descriptors are closed", || descriptors() <= before + 12).await;
+    let most = if WIRES == TunnelWire::Hbone { 4 } else { stats.forwarded / 2 };
+    assert!(stats.dialled <= most, "the flows share connections: {stats:?}");
+    // Those that are kept have two ends here.
+    let kept = 2 * stats.pooled_connections;
+    eventually("descriptors are closed", || descriptors() <= before + 12 + kept).await;
     echo.abort();
 }
 
@@ -391,7 +406,8 @@ async fn an_application_that_would_see_another_peer_gets_nothing() {
         *pair.server.kernel.confirm.lock().unwrap() = Some(answer);
         let began = Instant::now();
         let mut client = pair.client.dial(&pair.net, pair.app()).await;
-        client.write_all(b"secret").await.unwrap();
+        // The reset may be there first.
+        let _ = client.write_all(b"secret").await;
         let (mut server, _) = listener.accept().await.unwrap();
         let mut got = Vec::new();
         let end = timeout(PROMPTLY, server.read_to_end(&mut got)).await.unwrap();
@@ -545,7 +561,10 @@ async fn a_peer_that_says_goodbye_while_flows_are_open_gets_a_new_connection() {
     for _ in 0..3 {
         pair.flow(&listener).await;
     }
-    assert_eq!(pair.client.plane.stats().dialled, 2, "one more, and it is shared again");
+    // One more, which is shared again; over the native wire one a flow at most.
+    let most = if WIRES == TunnelWire::Hbone { 2 } else { 4 };
+    let dialled = pair.client.plane.stats().dialled;
+    assert!((2..=most).contains(&dialled), "{dialled} connections");
     client.write_all(b"?").await.unwrap();
     timeout(PROMPTLY, server.read_exact(&mut [0])).await.unwrap().unwrap();
 }
@@ -583,7 +602,9 @@ async fn a_pod_that_takes_over_an_address_does_not_get_its_predecessors_connecti
     let pair = Pair::with(|config| config.cores = 1).await;
     let listener = pair.listen().await;
     pair.flow(&listener).await;
+    pair.settled().await;
     pair.flow(&listener).await;
+    pair.settled().await;
     assert_eq!(pair.client.plane.stats().dialled, 1);
     let mut setup = pair.client_setup.clone();
     let mut successor = (*pair.server_setup.pod).clone();

@@ -16,7 +16,7 @@ use super::{
     dropped, eventually, forwarded, identity, ip, limits, pod, world,
 };
 use crate::{
-    config::Limits,
+    config::{Limits, values::TunnelWire},
     trust::Trust,
     tunnel::{
         hbone::head::{self, Refusal},
@@ -24,16 +24,16 @@ use crate::{
     },
 };
 
-struct Target {
+pub(super) struct Target {
     net: Net,
-    server: Node,
+    pub(super) server: Node,
     authority: Authority,
     trust: Arc<Trust>,
-    app: TcpListener,
+    pub(super) app: TcpListener,
 }
 
 impl Target {
-    async fn new() -> Self {
+    pub(super) async fn new() -> Self {
         let net = Net::new().await;
         let authority = Authority::new();
         let frontend = pod("frontend", CLIENT_IP, Mode::Strict);
@@ -58,9 +58,18 @@ impl Target {
 
     /// An authenticated session as `account` from `from`.
     async fn session(&self, account: &str, from: &str) -> TlsStream {
+        self.session_over(TunnelWire::Hbone, account, from).await
+    }
+
+    pub(super) async fn session_over(
+        &self,
+        wires: TunnelWire,
+        account: &str,
+        from: &str,
+    ) -> TlsStream {
         let svids = self.authority.svids(account).await;
         let svid = svids.get(&identity(account)).unwrap();
-        let tls = ClientTls::new(&svid, self.trust.clone()).unwrap();
+        let tls = ClientTls::new(&svid, self.trust.clone()).unwrap().with_wires(wires);
         let tcp = self.tcp(from).await;
         tls.connect(tcp, &[identity("payments")]).await.unwrap().0
     }
@@ -186,7 +195,7 @@ async fn a_uuid_that_is_in_use_is_not_taken_twice() {
 }
 
 /// What is counted and recorded for a connection that never got as far as a request.
-async fn refused(target: &Target, kind: &str, reason: Reason) {
+pub(super) async fn refused(target: &Target, kind: &str, reason: Reason) {
     let found = || target.server.plane.stats().failures.keys().any(|k| *k == kind);
     let until = std::time::Instant::now() + Duration::from_secs(5);
     while !found() {
@@ -201,7 +210,7 @@ async fn refused(target: &Target, kind: &str, reason: Reason) {
 }
 
 /// Works, and leaves a positive control in the records.
-async fn still_serves(target: &Target) {
+pub(super) async fn still_serves(target: &Target) {
     let mut send = target.http2("frontend", CLIENT_IP).await;
     let good = format!("{SERVER_IP}:{APP_PORT}");
     assert_eq!(ask(&mut send, connect(&good)).await.0, StatusCode::OK);

@@ -2,9 +2,32 @@
 //! whose loopback carries the pods' addresses. What the kernel's programs do (steering and
 //! handing addresses over) is a table here.
 
-mod flows;
 mod hostile;
+mod hostile_native;
 mod resolving;
+
+/// The same tests over each wire.
+#[path = "."]
+mod over_native {
+    use super::*;
+
+    const WIRES: TunnelWire = TunnelWire::Native;
+
+    #[path = "flows.rs"]
+    #[allow(clippy::duplicate_mod, reason = "the same tests over another wire")]
+    mod flows;
+}
+
+#[path = "."]
+mod over_hbone {
+    use super::*;
+
+    const WIRES: TunnelWire = TunnelWire::Hbone;
+
+    #[path = "flows.rs"]
+    #[allow(clippy::duplicate_mod, reason = "the same tests over another wire")]
+    mod flows;
+}
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -31,7 +54,7 @@ use super::{
 };
 use crate::{
     cluster::model::{ModeOrigin, ObjectName, Override, Pod, PodUid, Ranges, Synced, World},
-    config::Limits,
+    config::{Limits, values::TunnelWire},
     endpoint::{
         sockets::ListenerCommand,
         state::{EndpointKey, EndpointState, NodeState, NodeStatePublisher},
@@ -353,7 +376,7 @@ impl Node {
         let trust = authority.trust();
         let plane = Arc::new(Plane {
             limits: ArcSwap::from_pointee(config.limits),
-            certificates: Certificates::new(config.handshake_timeout),
+            certificates: Certificates::new(config.handshake_timeout, config.wires),
             config,
             state,
             sockets: kernel.sockets(&net.opener),

@@ -25,7 +25,7 @@ pub const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
 /// Longest `forwarded` value that is looked at, bytes.
 const FORWARDED_MAX: usize = 256;
 /// Longest `signet-policy` value that is looked at, bytes.
-const POLICY_MAX: usize = 512;
+pub(crate) const POLICY_MAX: usize = 512;
 
 /// What a client asks for.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -197,11 +197,10 @@ impl Refusal {
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
         headers.insert(REASON, HeaderValue::from_static(reason::name(self.reason)));
-        if let Some(policy) = &self.policy {
-            let text = format!("{}/{}/{}", policy.kind, policy.namespace, policy.name);
-            if let Ok(value) = HeaderValue::from_str(&text) {
-                headers.insert(POLICY, value);
-            }
+        if let Some(policy) = &self.policy
+            && let Ok(value) = HeaderValue::from_str(&policy_text(policy))
+        {
+            headers.insert(POLICY, value);
         }
         response
     }
@@ -224,8 +223,13 @@ impl Refusal {
     }
 }
 
+/// A policy's name as peers write it: `kind/namespace/name`.
+pub(crate) fn policy_text(policy: &PolicyName) -> String {
+    format!("{}/{}/{}", policy.kind, policy.namespace, policy.name)
+}
+
 /// `kind/namespace/name` of a policy, in the characters that such names may have.
-fn parse_policy(value: &str) -> Option<PolicyName> {
+pub(crate) fn parse_policy(value: &str) -> Option<PolicyName> {
     let plain =
         |s: &str| s.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
     if value.len() > POLICY_MAX {

@@ -197,7 +197,7 @@ async fn a_session_carries_bytes_both_ways_and_names_both_peers() {
     assert!((3500..=3600).contains(&left), "{left}");
     assert_eq!(here.tcp().peer_addr().unwrap(), there.tcp().local_addr().unwrap());
 
-    let session = here.0.get_ref().1;
+    let session = here.stream.get_ref().1;
     assert_eq!(session.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
     let suite = session.negotiated_cipher_suite().unwrap().suite();
     assert_eq!(suite, rustls::CipherSuite::TLS13_AES_128_GCM_SHA256);
@@ -461,7 +461,7 @@ async fn our_client_hello_says_no_more_than_it_must() {
         assert!(!offers(&hello, absent), "{absent}");
     }
     let extension = |number| &hello.iter().find(|(n, _)| *n == number).unwrap().1[..];
-    assert_eq!(extension(ALPN), b"\x00\x03\x02h2");
+    assert_eq!(extension(ALPN), b"\x00\x0c\x08signet/1\x02h2");
     assert_eq!(extension(SUPPORTED_VERSIONS), [2, 3, 4], "TLS 1.3 only");
     assert_eq!(extension(KEY_SHARE)[2..4], [0x11, 0xec], "X25519MLKEM768 first");
 }

@@ -176,7 +176,7 @@ fn nothing_stays_behind_after_calls() -> Result<()> {
     })
 }
 
-/// Entries of the hand-over maps, descriptors, threads.
+/// Entries of the hand-over maps, descriptors beside the tunnels', threads.
 fn held(agent: &signet_lab::agent::Agent) -> Result<(Vec<usize>, usize, usize)> {
     let maps = agent.map_entries()?;
     let entries = ["ORIGINALS", "CLIENTS", "PODS", "OWN", "ADDRESSES"]
@@ -184,7 +184,9 @@ fn held(agent: &signet_lab::agent::Agent) -> Result<(Vec<usize>, usize, usize)> 
         .map(|name| maps.get(name).copied().unwrap_or_default())
         .collect();
     let usage = agent.usage()?;
-    Ok((entries, usage.descriptors, usage.threads))
+    // Tunnels are kept for the next flow, some more or fewer of them.
+    let tunnels = maps.get("TUNNELS").copied().unwrap_or_default();
+    Ok((entries, usage.descriptors.saturating_sub(tunnels), usage.threads))
 }
 
 fn burst(mesh: &Mesh) -> Result<()> {
