@@ -22,7 +22,7 @@ use super::{
     plane::Core,
     records::{FlowRecords, pod_party},
     resolve::{identity_of, names_of},
-    served::Served,
+    served::{Room, Served},
 };
 use crate::{
     endpoint::state::{EndpointState, NodeState},
@@ -209,8 +209,9 @@ async fn accept(
     let limits = **plane.limits.load();
     // Fails only on a socket that is gone already, which the handshake finds out.
     let _ = tcp.set_nodelay(true);
-    let handshake = served.handshake(peer.ip(), limits.handshakes, limits.handshakes_per_source);
-    let place = served.connection(connections(limits.open_flows));
+    let handshakes = Room { all: limits.handshakes, per_source: limits.handshakes_per_source };
+    let handshake = served.handshake(peer.ip(), handshakes);
+    let place = served.connection(peer.ip(), connections(limits.open_flows));
     let (Some(handshake), Some(_place)) = (handshake, place) else {
         reset_on_close(&tcp);
         return Err(Unaccepted::Limit);
@@ -277,11 +278,12 @@ async fn accept(
     }
 }
 
-/// How many connections an endpoint may have: each may carry a flow, and those that peers keep
-/// for their next flow must not stand in the way of others. What is over the limit of flows is
-/// refused flow by flow, with the reason.
-fn connections(open_flows: u32) -> u32 {
-    open_flows.saturating_mul(2).saturating_add(16)
+/// How many connections an endpoint may have. Each may carry a flow, and those that peers keep
+/// for their next flow must not stand in the way of others, nor one peer in everybody's. What
+/// is over the limit of flows is refused flow by flow, with the reason.
+fn connections(open_flows: u32) -> Room {
+    let per_source = open_flows.saturating_add(8);
+    Room { all: per_source.saturating_mul(2), per_source }
 }
 
 /// The earlier end of both certificates.
@@ -372,7 +374,11 @@ impl Tunnel {
         };
         let (destination, judgement) = match admitted {
             Ok(admitted) => admitted,
-            Err(refused) => return self.refuse(incoming, records, &refused, state.revision).await,
+            Err(refused) => {
+                // A peer that is slow to take its refusal holds nobody's place meanwhile.
+                drop((place, registration));
+                return self.refuse(incoming, records, &refused, state.revision).await;
+            }
         };
         let delivered = tokio::select! {
             delivered = deliver(
@@ -391,6 +397,7 @@ impl Tunnel {
         let app = match delivered {
             Ok(app) => app,
             Err(refused) => {
+                drop((place, registration));
                 return self.refuse(incoming, records, &refused, judgement.revision).await;
             }
         };

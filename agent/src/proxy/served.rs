@@ -25,14 +25,46 @@ pub struct Served {
     /// Everything of it ends now.
     pub cut: CancellationToken,
     flows: AtomicU32,
-    connections: AtomicU32,
-    handshakes: Mutex<Handshakes>,
+    connections: Mutex<Shares>,
+    handshakes: Mutex<Shares>,
 }
 
+/// How many places are taken, in all and by each source.
 #[derive(Debug, Default)]
-struct Handshakes {
+struct Shares {
     all: u32,
     by_source: HashMap<IpAddr, u32>,
+}
+
+/// How many places there are.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// In all.
+    pub all: u32,
+    /// For one source, so that none can take everybody's.
+    pub per_source: u32,
+}
+
+impl Shares {
+    fn take(&mut self, source: IpAddr, room: Room) -> bool {
+        let of_source = self.by_source.get(&source).copied().unwrap_or(0);
+        if self.all >= room.all || of_source >= room.per_source {
+            return false;
+        }
+        self.all += 1;
+        self.by_source.insert(source, of_source + 1);
+        true
+    }
+
+    fn give_back(&mut self, source: IpAddr) {
+        self.all = self.all.saturating_sub(1);
+        if let Some(n) = self.by_source.get_mut(&source) {
+            *n = n.saturating_sub(1);
+            if *n == 0 {
+                self.by_source.remove(&source);
+            }
+        }
+    }
 }
 
 /// One of an endpoint's limited places, given back when dropped.
@@ -45,7 +77,7 @@ pub struct Place {
 #[derive(Debug)]
 enum Kind {
     Flow,
-    Connection,
+    Connection(IpAddr),
     Handshake(IpAddr),
 }
 
@@ -63,7 +95,7 @@ impl Served {
             drain: drain.child_token(),
             cut: cut.child_token(),
             flows: AtomicU32::new(0),
-            connections: AtomicU32::new(0),
+            connections: Mutex::default(),
             handshakes: Mutex::default(),
         })
     }
@@ -75,59 +107,38 @@ impl Served {
 
     /// A place for an open flow, if fewer than `limit` are taken.
     pub fn flow(self: &Arc<Self>, limit: u32) -> Option<Place> {
-        self.counted(&self.flows, limit, Kind::Flow)
+        self.flows
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| (n < limit).then_some(n + 1))
+            .ok()?;
+        Some(Place { served: self.clone(), of: Kind::Flow })
     }
 
-    /// A place for an inbound tunnel connection.
-    pub fn connection(self: &Arc<Self>, limit: u32) -> Option<Place> {
-        self.counted(&self.connections, limit, Kind::Connection)
+    /// A place for an inbound tunnel connection from `source`.
+    pub fn connection(self: &Arc<Self>, source: IpAddr, room: Room) -> Option<Place> {
+        lock(&self.connections)
+            .take(source, room)
+            .then(|| Place { served: self.clone(), of: Kind::Connection(source) })
     }
 
     /// A place for a handshake in flight with `source`.
-    pub fn handshake(
-        self: &Arc<Self>,
-        source: IpAddr,
-        limit: u32,
-        limit_per_source: u32,
-    ) -> Option<Place> {
-        let mut handshakes = self.handshakes();
-        let of_source = handshakes.by_source.get(&source).copied().unwrap_or(0);
-        if handshakes.all >= limit || of_source >= limit_per_source {
-            return None;
-        }
-        handshakes.all += 1;
-        handshakes.by_source.insert(source, of_source + 1);
-        Some(Place { served: self.clone(), of: Kind::Handshake(source) })
+    pub fn handshake(self: &Arc<Self>, source: IpAddr, room: Room) -> Option<Place> {
+        lock(&self.handshakes)
+            .take(source, room)
+            .then(|| Place { served: self.clone(), of: Kind::Handshake(source) })
     }
+}
 
-    fn counted(self: &Arc<Self>, counter: &AtomicU32, limit: u32, of: Kind) -> Option<Place> {
-        counter
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| (n < limit).then_some(n + 1))
-            .ok()?;
-        Some(Place { served: self.clone(), of })
-    }
-
-    fn handshakes(&self) -> MutexGuard<'_, Handshakes> {
-        // Nothing panics between the two counts.
-        self.handshakes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+fn lock(shares: &Mutex<Shares>) -> MutexGuard<'_, Shares> {
+    // Nothing panics between the two counts.
+    shares.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         match self.of {
             Kind::Flow => drop(self.served.flows.fetch_sub(1, Ordering::AcqRel)),
-            Kind::Connection => drop(self.served.connections.fetch_sub(1, Ordering::AcqRel)),
-            Kind::Handshake(source) => {
-                let mut handshakes = self.served.handshakes();
-                handshakes.all = handshakes.all.saturating_sub(1);
-                if let Some(n) = handshakes.by_source.get_mut(&source) {
-                    *n = n.saturating_sub(1);
-                    if *n == 0 {
-                        handshakes.by_source.remove(&source);
-                    }
-                }
-            }
+            Kind::Connection(source) => lock(&self.served.connections).give_back(source),
+            Kind::Handshake(source) => lock(&self.served.handshakes).give_back(source),
         }
     }
 }
@@ -150,12 +161,17 @@ mod tests {
         assert!(served.flow(2).is_some());
 
         let (a, b) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
-        let held: Vec<_> = (0..2).map(|_| served.handshake(a, 3, 2).unwrap()).collect();
-        assert!(served.handshake(a, 3, 2).is_none(), "the source's share is used up");
-        let other = served.handshake(b, 3, 2).unwrap();
-        assert!(served.handshake(b, 3, 2).is_none(), "the endpoint's limit is reached");
-        drop((held, other));
-        assert!(served.handshake(a, 3, 2).is_some());
-        assert!(served.handshakes().by_source.is_empty(), "no row outlives its handshakes");
+        let room = Room { all: 3, per_source: 2 };
+        for take in [Served::handshake, Served::connection] {
+            let held: Vec<_> = (0..2).map(|_| take(&served, a, room).unwrap()).collect();
+            assert!(take(&served, a, room).is_none(), "the source's share is used up");
+            let other = take(&served, b, room).unwrap();
+            assert!(take(&served, b, room).is_none(), "the endpoint's limit is reached");
+            drop((held, other));
+            assert!(take(&served, a, room).is_some());
+        }
+        for shares in [&served.handshakes, &served.connections] {
+            assert!(lock(shares).by_source.is_empty(), "no row outlives its places");
+        }
     }
 }

@@ -117,8 +117,8 @@ pub const TARGETS: &[Target] = &[
         name: "native-frame",
         run: native_frame,
         seeds: &[
-            b"\x01\x00\x00\x1c\x01\x04\x0a\x00\x02\x07\x1f\x90\xa3\x900123456789abcdef",
-            b"\x05\x00\x00\x15\x01\x0fpolicy_no_matcha/b/c",
+            b"\x01\x00\x00\x1a\x01\x04\x0a\x00\x02\x07\x1f\x90\xa3\x900123456789abcdef",
+            b"\x05\x00\x00\x16\x01\x0fpolicy_no_matcha/b/c",
             b"\x04\x00\x00\x08draining",
             b"\x02\x00\x00\x05hello",
         ],

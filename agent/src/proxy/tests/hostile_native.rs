@@ -12,10 +12,10 @@ use uuid::Uuid;
 use super::{
     APP_PORT, CLIENT_IP, OTHER_IP, SERVER_IP, address, dropped, eventually,
     hostile::{Target, refused, still_serves},
-    ip,
+    ip, limits,
 };
 use crate::{
-    config::values::TunnelWire,
+    config::{Limits, values::TunnelWire},
     tunnel::{
         native::frame::{HEADER, Header, Kind, Open, Status, encode_fin},
         tls::TlsStream,
@@ -120,6 +120,25 @@ async fn policy_is_asked_flow_by_flow_and_nothing_is_delivered_before() {
     let knocked = timeout(Duration::from_millis(100), target.app.accept()).await;
     assert!(knocked.is_err(), "the application heard of it");
     still_serves(&target).await;
+}
+
+#[tokio::test]
+async fn who_does_not_take_its_refusal_holds_nobodys_place() {
+    let target = Target::new().await;
+    target.server.plane.set_limits(Limits { open_flows: 1, ..limits() });
+    let mut intruder = target.session_over(TunnelWire::Native, "intruder", OTHER_IP).await;
+    send(&mut intruder, &open(good())).await;
+    let answer = status(&mut intruder).await;
+    assert!(matches!(answer, Status::Refused { reason: Reason::PolicyNoMatch, .. }), "{answer:?}");
+    // It has not ended its direction, and the only place is free.
+    let mut frontend = target.session_over(TunnelWire::Native, "frontend", CLIENT_IP).await;
+    send(&mut frontend, &open(good())).await;
+    assert_eq!(status(&mut frontend).await, Status::Accepted);
+    // The control: there is only one.
+    let mut second = target.session_over(TunnelWire::Native, "frontend", CLIENT_IP).await;
+    send(&mut second, &open(good())).await;
+    let over = Status::Refused { reason: Reason::LimitExceeded, policy: None };
+    assert_eq!(status(&mut second).await, over);
 }
 
 #[tokio::test]
