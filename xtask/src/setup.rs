@@ -25,6 +25,7 @@ const PROGRAMS: &[(&str, &str, &str)] = &[
     ("host-local", "containernetworking-plugins", "gives those pods their addresses"),
     ("nft", "nftables", "rewrites addresses where a test attacks by it"),
     ("chromium", "chromium", "shows the page of signet ui to its tests"),
+    ("tmux", "tmux", "is the terminal of signet top in its tests"),
     ("kubectl", "kubernetes-client", "builds the manifests for their check"),
     ("python3", "python3 python3-venv", "plays others' SPIFFE clients and odd ones in the tests"),
 ];

@@ -21,7 +21,9 @@ use crate::{
     observer::glob,
     proto::{
         self,
-        admin::{EdgeEnd, ListEdgesRequest, SeenEdge, admin_client::AdminClient},
+        admin::{
+            EdgeEnd, ListEdgesRequest, ListEdgesResponse, SeenEdge, admin_client::AdminClient,
+        },
     },
     telemetry::names,
 };
@@ -41,21 +43,28 @@ pub async fn ask(
     }
     let mut found = Vec::new();
     for agent in agents {
-        let mut client = AdminClient::new(agent.channel.clone());
-        let request =
-            ListEdgesRequest { namespace: String::new(), since: since.map(proto::timestamp) };
-        let mut stream = sockets::within_time(agent, client.list_edges(request)).await?;
-        loop {
-            let next = async { stream.message().await.map(tonic::Response::new) };
-            let Some(part) = sockets::within_time(agent, next).await? else { break };
-            for edge in part.edges {
-                if shows(terms, &edge, &part.node)? {
-                    found.push((part.node.clone(), edge));
-                }
+        for (node, edge) in seen_by(agent, since).await? {
+            if shows(terms, &edge, &node)? {
+                found.push((node, edge));
             }
         }
     }
     Ok(one_side_each(found))
+}
+
+/// Every edge of an agent, with its node.
+pub async fn seen_by(
+    agent: &Agent,
+    since: Option<Timestamp>,
+) -> Result<Vec<(String, SeenEdge)>, Failure> {
+    let mut client = AdminClient::new(agent.channel.clone());
+    let request = ListEdgesRequest { namespace: String::new(), since: since.map(proto::timestamp) };
+    let parts = sockets::all_parts(agent, client.list_edges(request)).await?;
+    let named = |part: ListEdgesResponse| {
+        let node = part.node;
+        part.edges.into_iter().map(move |edge| (node.clone(), edge))
+    };
+    Ok(parts.into_iter().flat_map(named).collect())
 }
 
 /// Terms of one kind: any of them; of different kinds: all; negated ones: none.
@@ -76,7 +85,7 @@ fn shows(terms: &[Term], edge: &SeenEdge, node: &str) -> Result<bool, Failure> {
 
 /// A tunnelled flow that both ends reported counts once, as the destination saw it. An edge in
 /// clear is reported by one end, or by two that do not know of each other: both are shown.
-fn one_side_each(found: Vec<(String, SeenEdge)>) -> Vec<(String, SeenEdge)> {
+pub fn one_side_each<A>(found: Vec<(A, SeenEdge)>) -> Vec<(A, SeenEdge)> {
     let key = |edge: &SeenEdge| {
         let end = |end: &Option<EdgeEnd>| end.as_ref().map(name_of).unwrap_or_default();
         (

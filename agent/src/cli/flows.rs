@@ -218,7 +218,7 @@ async fn one_shot(
     while let Some(message) = incoming.recv().await {
         match message {
             Incoming::Flow(seen) => records.push(*seen),
-            Incoming::Lost(warning) => warn(&warning),
+            Incoming::Lost(_, warning) => warn(&warning),
             Incoming::Ended(Ok(())) => {}
             Incoming::Ended(Err(failure)) if several && failure.exit == Exit::Unreachable => {
                 warn(&failure.to_string());
@@ -261,7 +261,7 @@ async fn follow(
         };
         match message {
             Some(Incoming::Flow(seen)) => out.all(&merger.push(*seen, Instant::now()))?,
-            Some(Incoming::Lost(warning)) => warn(&warning),
+            Some(Incoming::Lost(_, warning)) => warn(&warning),
             Some(Incoming::Ended(Ok(()))) if is_bounded => {}
             Some(Incoming::Ended(Ok(()))) => warn("an agent ended the stream: it shuts down"),
             Some(Incoming::Ended(Err(failure))) if failure.exit == Exit::Unreachable => {
@@ -292,8 +292,8 @@ impl AsRef<FlowRecord> for Answer {
 pub(super) enum Incoming {
     /// A flow.
     Flow(Box<Answer>),
-    /// A warning.
-    Lost(String),
+    /// So many events were lost, and a warning that says so.
+    Lost(u64, String),
     /// An agent said everything, or cannot be heard any more.
     Ended(Result<(), Failure>),
 }
@@ -331,12 +331,12 @@ async fn read(
                 })?;
                 Incoming::Flow(Box::new(Answer { seen, response }))
             }
-            Some(ResponseTypes::LostEvents(lost)) => Incoming::Lost(format!(
-                "{} lost {} events ({})",
-                response.node_name,
-                lost.num_events_lost,
-                if lost.cause.is_empty() { lost.source().as_str_name() } else { &*lost.cause }
-            )),
+            Some(ResponseTypes::LostEvents(lost)) => {
+                let cause =
+                    if lost.cause.is_empty() { lost.source().as_str_name() } else { &*lost.cause };
+                let (node, n) = (&response.node_name, lost.num_events_lost);
+                Incoming::Lost(n, format!("{node} lost {n} events ({cause})"))
+            }
             Some(ResponseTypes::NodeStatus(_)) | None => continue,
         };
         if tx.send(message).await.is_err() {

@@ -23,6 +23,7 @@ mod sockets;
 mod status;
 mod svid;
 mod table;
+mod top;
 mod ui;
 
 use std::{ffi::OsString, process::ExitCode};
@@ -83,6 +84,8 @@ enum Command {
     /// Say what a change would break, before it is made.
     #[command(subcommand)]
     Rollout(rollout::RolloutCommand),
+    /// Show rates, denials and how long flows last, by identity, live.
+    Top(top::TopArgs),
     /// Serve a page on this host with who talks to whom, live.
     Ui(ui::UiArgs),
     /// Show policies, check them, and ask what they make of a flow.
@@ -151,6 +154,7 @@ fn run(
         Command::Services(args) => client(services::run(args)),
         Command::Rollout(command) => client(rollout::run(command)),
         Command::Policy(command) => client(policy::run(command)),
+        Command::Top(args) => client(top::run(args)),
         Command::Ui(args) => client(ui::run(args)),
         Command::Svid(command) => client(svid::run(command)),
         Command::Completion(args) => shell::completion(Cli::command(), &args),
@@ -281,8 +285,9 @@ spec: {rules: [{from: [{source: {principals: [cluster.local/ns/shop/sa/front]}}]
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("agent.sock");
         let check = ["policy", "check", "--from", "a/b", "--to", "a/b:1"];
-        let commands: [&[&str]; 9] = [
+        let commands: [&[&str]; 10] = [
             &["flows"],
+            &["top", "--once"],
             &["status"],
             &["endpoints"],
             &["identities"],

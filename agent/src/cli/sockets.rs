@@ -3,7 +3,6 @@
 use std::{
     fmt, io,
     path::{Path, PathBuf},
-    pin::pin,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -187,10 +186,8 @@ pub async fn ask_all<T>(
     agents: &[Agent],
     question: impl AsyncFn(&Agent) -> Result<T, Failure>,
 ) -> Result<(Vec<T>, bool), Failure> {
-    let asked: Vec<_> = agents.iter().map(|agent| question(agent)).collect();
-    let mut asked = pin!(stream::iter(asked).buffered(AT_ONCE));
     let (mut answers, mut is_complete) = (Vec::new(), true);
-    while let Some(answer) = asked.next().await {
+    for answer in ask_each(agents, question).await {
         match answer {
             Ok(answer) => answers.push(answer),
             Err(failure) if agents.len() > 1 && failure.exit == Exit::Unreachable => {
@@ -201,6 +198,15 @@ pub async fn ask_all<T>(
         }
     }
     Ok((answers, is_complete))
+}
+
+/// What each agent answers, in the agents' order.
+pub async fn ask_each<T>(
+    agents: &[Agent],
+    question: impl AsyncFn(&Agent) -> Result<T, Failure>,
+) -> Vec<Result<T, Failure>> {
+    let asked: Vec<_> = agents.iter().map(|agent| question(agent)).collect();
+    stream::iter(asked).buffered(AT_ONCE).collect().await
 }
 
 /// All parts of an answer, each of them in time.

@@ -3,6 +3,7 @@
 mod browser;
 mod check;
 mod known;
+mod top;
 mod ui;
 
 use std::{
