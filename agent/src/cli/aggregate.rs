@@ -174,7 +174,8 @@ fn protocol(edge: &SeenEdge) -> String {
     u8::try_from(edge.protocol).map_or_else(|_| edge.protocol.to_string(), names::protocol)
 }
 
-fn line(node: &str, edge: &SeenEdge) -> serde_json::Value {
+/// An edge for programs.
+pub fn line(node: &str, edge: &SeenEdge) -> serde_json::Value {
     let time = |t: &Option<prost_types::Timestamp>| {
         t.as_ref().and_then(proto::time).map(|t| t.to_string())
     };

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::{
     exit::{Exit, Failure, print},
-    sockets::{self, SocketArgs},
+    sockets::{self, Agent, SocketArgs},
     status::Output,
     table::{Table, printable},
 };
@@ -73,11 +73,7 @@ pub async fn run(args: EndpointsArgs) -> Result<Exit, Failure> {
     let is_complete = is_complete && all_answered;
     let in_full = args.pod.as_ref().is_some_and(|p| !p.name.is_empty());
     let text = match args.output {
-        Output::Json => answers
-            .iter()
-            .map(|a| Ok(serde_json::to_string(&NodeJson::of(a))? + "\n"))
-            .collect::<serde_json::Result<String>>()
-            .map_err(|e| Failure::caused(Exit::Bug, e))?,
+        Output::Json => answers.iter().map(json).collect::<Result<String, _>>()?,
         Output::Text if in_full => {
             let all = answers.iter().flat_map(|a| &a.endpoints);
             all.map(block).collect::<Vec<_>>().join("\n")
@@ -94,6 +90,18 @@ pub async fn run(args: EndpointsArgs) -> Result<Exit, Failure> {
         (true, false) => Exit::No,
         (true, true) => Exit::Done,
     })
+}
+
+/// What `-o json` prints of all pods of an agent.
+pub async fn json_of(agent: &Agent) -> Result<String, Failure> {
+    let mut client = AdminClient::new(agent.channel.clone());
+    let request = EndpointsRequest::default();
+    json(&sockets::within_time(agent, client.endpoints(request)).await?)
+}
+
+fn json(answer: &EndpointsResponse) -> Result<String, Failure> {
+    let json = serde_json::to_string(&NodeJson::of(answer));
+    Ok(json.map_err(|e| Failure::caused(Exit::Bug, e))? + "\n")
 }
 
 /// One line a pod.

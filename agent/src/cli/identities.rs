@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::{
     exit::{Exit, Failure, print},
-    sockets::{self, SocketArgs},
+    sockets::{self, Agent, SocketArgs},
     status::Output,
     table::{Table, printable},
 };
@@ -61,9 +61,8 @@ pub async fn run(args: IdentitiesArgs) -> Result<Exit, Failure> {
         Output::Json => answers
             .iter()
             .filter(|parts| !parts.is_empty())
-            .map(|parts| Ok(serde_json::to_string(&NodeJson::of(parts))? + "\n"))
-            .collect::<serde_json::Result<String>>()
-            .map_err(|e| Failure::caused(Exit::Bug, e))?,
+            .map(|parts| json(parts))
+            .collect::<Result<String, _>>()?,
     };
     print(&text)?;
     let is_found = parts.iter().any(|part| !part.identities.is_empty());
@@ -75,6 +74,17 @@ pub async fn run(args: IdentitiesArgs) -> Result<Exit, Failure> {
         (true, false) => Exit::No,
         (true, true) => Exit::Done,
     })
+}
+
+/// What `-o json` prints of all identities of an agent.
+pub async fn json_of(agent: &Agent) -> Result<String, Failure> {
+    let mut client = AdminClient::new(agent.channel.clone());
+    json(&sockets::all_parts(agent, client.list_identities(ListIdentitiesRequest {})).await?)
+}
+
+fn json(parts: &[ListIdentitiesResponse]) -> Result<String, Failure> {
+    let json = serde_json::to_string(&NodeJson::of(parts));
+    Ok(json.map_err(|e| Failure::caused(Exit::Bug, e))? + "\n")
 }
 
 /// The ways in which an identity may be named.

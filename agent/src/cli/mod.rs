@@ -21,6 +21,7 @@ mod services;
 mod shell;
 mod sockets;
 mod status;
+mod support_bundle;
 mod svid;
 mod table;
 mod top;
@@ -86,6 +87,8 @@ enum Command {
     Rollout(rollout::RolloutCommand),
     /// Show rates, denials and how long flows last, by identity, live.
     Top(top::TopArgs),
+    /// Gather what somebody needs who helps from afar: one archive, without keys and tokens.
+    SupportBundle(support_bundle::SupportBundleArgs),
     /// Serve a page on this host with who talks to whom, live.
     Ui(ui::UiArgs),
     /// Show policies, check them, and ask what they make of a flow.
@@ -155,6 +158,7 @@ fn run(
         Command::Rollout(command) => client(rollout::run(command)),
         Command::Policy(command) => client(policy::run(command)),
         Command::Top(args) => client(top::run(args)),
+        Command::SupportBundle(args) => client(support_bundle::run(args)),
         Command::Ui(args) => client(ui::run(args)),
         Command::Svid(command) => client(svid::run(command)),
         Command::Completion(args) => shell::completion(Cli::command(), &args),

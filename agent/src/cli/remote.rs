@@ -95,9 +95,9 @@ struct AgentPod {
     absent: Option<String>,
 }
 
-/// Connects to the agents of all nodes, in the nodes' order; those that cannot be reached are
-/// told on stderr. None at all is a failure.
-pub async fn connect_all(args: &ClusterArgs) -> Result<(Vec<Agent>, bool), Failure> {
+/// Connects to the agents of all nodes, in the nodes' order; with them come the failures of those
+/// that cannot be reached. None at all is a failure.
+pub async fn connect_each(args: &ClusterArgs) -> Result<(Vec<Agent>, Vec<Failure>), Failure> {
     let mut config = persons_access(args.kubeconfig.as_deref(), args.context.as_deref())
         .await
         .map_err(|error| Failure::caused(Exit::Input, error))?;
@@ -127,12 +127,11 @@ pub async fn connect_all(args: &ClusterArgs) -> Result<(Vec<Agent>, bool), Failu
     if found.is_empty() && failures.len() == 1 {
         return Err(failures.remove(0));
     }
-    let is_complete = failures.is_empty();
-    for failure in &failures {
-        anstream::eprintln!("warning: {failure}");
-    }
     match (found.is_empty(), failures.first()) {
         (true, Some(first)) => {
+            for failure in &failures {
+                anstream::eprintln!("warning: {failure}");
+            }
             Err(Failure::new(first.exit, format!("none of {} agents can be asked", pods.len())))
         }
         (true, None) => Err(Failure::new(
@@ -143,7 +142,7 @@ pub async fn connect_all(args: &ClusterArgs) -> Result<(Vec<Agent>, bool), Failu
                 args.agent_namespace
             ),
         )),
-        (false, _) => Ok((found, is_complete)),
+        (false, _) => Ok((found, failures)),
     }
 }
 

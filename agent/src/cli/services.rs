@@ -5,7 +5,7 @@ use serde::Serialize;
 use super::{
     endpoints::{NamedArg, parse_named},
     exit::{Exit, Failure, print},
-    sockets::{self, SocketArgs},
+    sockets::{self, Agent, SocketArgs},
     status::Output,
     table::{Table, printable},
 };
@@ -57,9 +57,8 @@ pub async fn run(args: ServicesArgs) -> Result<Exit, Failure> {
         Output::Json => answers
             .iter()
             .filter(|parts| !parts.is_empty())
-            .map(|parts| Ok(serde_json::to_string(&NodeJson::of(parts))? + "\n"))
-            .collect::<serde_json::Result<String>>()
-            .map_err(|e| Failure::caused(Exit::Bug, e))?,
+            .map(|parts| json(parts))
+            .collect::<Result<String, _>>()?,
     };
     print(&text)?;
     let is_found = parts.iter().any(|part| !part.services.is_empty());
@@ -71,6 +70,17 @@ pub async fn run(args: ServicesArgs) -> Result<Exit, Failure> {
         (true, false) => Exit::No,
         (true, true) => Exit::Done,
     })
+}
+
+/// What `-o json` prints of all Services of an agent.
+pub async fn json_of(agent: &Agent) -> Result<String, Failure> {
+    let mut client = AdminClient::new(agent.channel.clone());
+    json(&sockets::all_parts(agent, client.list_services(ListServicesRequest::default())).await?)
+}
+
+fn json(parts: &[ListServicesResponse]) -> Result<String, Failure> {
+    let json = serde_json::to_string(&NodeJson::of(parts));
+    Ok(json.map_err(|e| Failure::caused(Exit::Bug, e))? + "\n")
 }
 
 /// One line an endpoint; a port without any has one, too.

@@ -50,7 +50,7 @@ pub struct SocketArgs {
 
 impl SocketArgs {
     /// Whether the agents of a cluster are asked, through its API server.
-    fn is_remote(&self) -> bool {
+    pub fn is_remote(&self) -> bool {
         self.cluster.is_asked_for()
             || (self.sockets.is_empty()
                 && !Path::new(DEFAULT_SOCKET).exists()
@@ -148,30 +148,38 @@ where
 
 /// Connects to all; those that cannot be reached are told on stderr. None at all is a failure.
 pub async fn connect_all(args: &SocketArgs) -> Result<(Vec<Agent>, bool), Failure> {
+    let (agents, failures) = connect_each(args).await?;
+    for failure in &failures {
+        anstream::eprintln!("warning: {failure}");
+    }
+    Ok((agents, failures.is_empty()))
+}
+
+/// Connects to all; with them come the failures of those that cannot be reached. None at all is a
+/// failure.
+pub async fn connect_each(args: &SocketArgs) -> Result<(Vec<Agent>, Vec<Failure>), Failure> {
     if args.is_remote() {
-        return remote::connect_all(&args.cluster).await;
+        return remote::connect_each(&args.cluster).await;
     }
     let default = [PathBuf::from(DEFAULT_SOCKET)];
     let sockets = if args.sockets.is_empty() { &default[..] } else { &args.sockets };
     let mut agents = Vec::new();
-    let mut first_failure = None;
-    let mut is_complete = true;
+    let mut failures = Vec::new();
     for path in sockets {
         match connect(path).await {
             Ok(agent) => agents.push(agent),
-            Err(failure) => {
-                is_complete = false;
-                if sockets.len() > 1 {
-                    anstream::eprintln!("warning: {failure}");
-                }
-                first_failure.get_or_insert(failure);
-            }
+            Err(failure) => failures.push(failure),
         }
     }
-    match (agents.is_empty(), first_failure) {
-        (true, Some(failure)) => Err(failure),
-        _ => Ok((agents, is_complete)),
+    if agents.is_empty() && !failures.is_empty() {
+        if failures.len() > 1 {
+            for failure in &failures {
+                anstream::eprintln!("warning: {failure}");
+            }
+        }
+        return Err(failures.remove(0));
     }
+    Ok((agents, failures))
 }
 
 /// Asks so many agents at a time.

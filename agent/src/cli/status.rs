@@ -52,10 +52,7 @@ pub async fn run(args: StatusArgs) -> Result<Exit, Failure> {
     match (args.output, args.all_nodes) {
         (Output::Json, _) => {
             for status in &answers {
-                let json = serde_json::to_string(&StatusJson::of(status))
-                    .map_err(|e| Failure::caused(Exit::Bug, e))?;
-                text.push_str(&json);
-                text.push('\n');
+                text.push_str(&json(status)?);
             }
         }
         (Output::Text, true) => text = all_nodes(&mut answers),
@@ -72,13 +69,20 @@ pub async fn run(args: StatusArgs) -> Result<Exit, Failure> {
     })
 }
 
-async fn ask(agent: &Agent) -> Result<StatusResponse, Failure> {
+/// Asks one agent.
+pub async fn ask(agent: &Agent) -> Result<StatusResponse, Failure> {
     let mut client = AdminClient::new(agent.channel.clone());
     sockets::within_time(agent, client.status(StatusRequest {})).await
 }
 
+/// The line of one node for programs.
+pub fn json(status: &StatusResponse) -> Result<String, Failure> {
+    let json = serde_json::to_string(&StatusJson::of(status));
+    Ok(json.map_err(|e| Failure::caused(Exit::Bug, e))? + "\n")
+}
+
 /// The text of one node.
-fn text(status: &StatusResponse) -> String {
+pub fn text(status: &StatusResponse) -> String {
     let s = status.clone();
     let (agent, programs) = (s.agent.unwrap_or_default(), s.programs.unwrap_or_default());
     let (cluster, identity) = (s.cluster.unwrap_or_default(), s.identity.unwrap_or_default());

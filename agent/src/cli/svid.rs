@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::{
     exit::{Exit, Failure, print},
     fetch::{self, FetchCommand},
-    sockets::{self, SocketArgs},
+    sockets::{self, Agent, SocketArgs},
     status::Output,
     table::{Table, duration, printable},
 };
@@ -116,6 +116,12 @@ async fn ask(sockets: &SocketArgs) -> Result<(Vec<ListSvidsResponse>, bool), Fai
         }
     }
     Ok((answers, is_complete))
+}
+
+/// What `-o json` prints of all SVIDs of an agent.
+pub async fn json_of(agent: &Agent) -> Result<String, Failure> {
+    let mut client = AdminClient::new(agent.channel.clone());
+    json(&[sockets::within_time(agent, client.list_svids(ListSvidsRequest {})).await?])
 }
 
 /// One line an SVID.

@@ -1,6 +1,7 @@
 //! The binary against agents' services on real sockets: output, warnings and exit codes.
 
 mod browser;
+mod bundle;
 mod check;
 mod known;
 mod top;

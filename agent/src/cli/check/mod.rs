@@ -70,6 +70,13 @@ pub async fn run(args: CheckArgs) -> Result<Exit, Failure> {
     Ok(findings.exit())
 }
 
+/// What `signet check` says of this host.
+pub async fn of_host(config: &AgentConfig) -> String {
+    let mut findings = Findings::default();
+    node::look(config, &mut findings).await;
+    findings.text()
+}
+
 fn configuration(args: &CheckArgs) -> Result<AgentConfig, Failure> {
     let mut sources = ConfigSources::from_process_env();
     sources.file.clone_from(&args.config);
