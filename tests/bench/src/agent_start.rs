@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Result, bail, ensure};
 use signet_lab::{Lab, LabOptions};
 
-use crate::results::Results;
+use crate::results::{Results, SIGNET};
 
 /// Longest that a start may take.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -45,7 +45,7 @@ pub fn run(quick: bool, results: &mut Results) -> Result<()> {
             }
             thread::sleep(Duration::from_millis(5));
         }
-        results.add(&case, round, begin.elapsed().as_secs_f64(), "s");
+        results.add(&case, SIGNET, round, begin.elapsed().as_secs_f64(), "s");
         let code = agent.stop()?;
         ensure!(code == Some(0), "the agent ended with {code:?}");
     }

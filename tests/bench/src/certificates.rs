@@ -22,7 +22,7 @@ use tonic::{
     transport::{Certificate, Channel, ClientTlsConfig, Endpoint},
 };
 
-use crate::results::Results;
+use crate::results::{Results, SIGNET};
 
 /// Requests in flight.
 const IN_FLIGHT: usize = 16;
@@ -68,7 +68,7 @@ pub fn run(quick: bool, results: &mut Results) -> Result<()> {
         if quick { (1, Duration::from_secs(1)) } else { (3, Duration::from_secs(5)) };
     for round in 1..=rounds {
         let signed = runtime.block_on(load(&authority, &at("bundle.pem"), &token, time))?;
-        results.add("certificates", round, signed, "1/s");
+        results.add("certificates", SIGNET, round, signed, "1/s");
     }
     Ok(())
 }

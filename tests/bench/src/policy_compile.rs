@@ -14,7 +14,7 @@ use signet::{
     spiffe::{SpiffeId, TrustDomain},
 };
 
-use crate::results::Results;
+use crate::results::{Results, SIGNET};
 
 /// (policies, service accounts): ten policies a workload at the largest.
 const SIZES: [(usize, usize); 3] = [(100, 10), (1_000, 100), (10_000, 1_000)];
@@ -42,14 +42,14 @@ pub fn run(quick: bool, results: &mut Results) -> Result<()> {
             let case = |what: &str| format!("policy-{what}-{policies}x{accounts}");
             let start = Instant::now();
             let size = read(&yaml, policies, accounts)?;
-            results.add(&case("read"), round, milliseconds(start), "ms");
+            results.add(&case("read"), SIGNET, round, milliseconds(start), "ms");
 
             let start = Instant::now();
             let entries: usize =
                 (0..PODS).map(|pod| entries(&size, pod)).sum::<Result<usize, _>>()?;
-            results.add(&case("compile-node"), round, milliseconds(start), "ms");
+            results.add(&case("compile-node"), SIGNET, round, milliseconds(start), "ms");
             let bytes = entries * (size_of::<PolicyEntry>() + NODE);
-            results.add(&case("map-memory"), round, bytes as f64 / 1024.0, "KiB");
+            results.add(&case("map-memory"), SIGNET, round, bytes as f64 / 1024.0, "KiB");
 
             // One policy changes: the pods that it selects are compiled again, the others are
             // only asked whether they are among them.
@@ -64,7 +64,7 @@ pub fn run(quick: bool, results: &mut Results) -> Result<()> {
                 }
             }
             ensure!(again > 0, "the changed policy selects no pod of the node");
-            results.add(&case("change"), round, milliseconds(start), "ms");
+            results.add(&case("change"), SIGNET, round, milliseconds(start), "ms");
         }
     }
     Ok(())

@@ -31,43 +31,91 @@ struct Summary {
     ratio_max: Option<f64>,
 }
 
+/// The subject that nothing of ours is between.
+pub const PLAINTEXT: &str = "plaintext";
+/// The subject of cases that have one only.
+pub const SIGNET: &str = "signet";
+
 impl Results {
-    /// Adds a round's value, and says it.
-    pub fn add(&mut self, case: &str, round: usize, value: f64, unit: &'static str) {
-        eprintln!("bench: {case} round {round}: {value:.2} {unit}");
-        self.values.push(Value { case: case.to_owned(), subject: "signet", round, value, unit });
+    /// Adds a round's value of a subject, and says it.
+    pub fn add(
+        &mut self,
+        case: &str,
+        subject: &'static str,
+        round: usize,
+        value: f64,
+        unit: &'static str,
+    ) {
+        eprintln!("bench: {case} {subject} round {round}: {value:.2} {unit}");
+        self.values.push(Value { case: case.to_owned(), subject, round, value, unit });
     }
 
     fn summaries(&self) -> Vec<Summary> {
-        let mut names: Vec<&str> = Vec::new();
+        let mut names: Vec<(&str, &'static str)> = Vec::new();
         for value in &self.values {
-            if !names.contains(&value.case.as_str()) {
-                names.push(&value.case);
+            let name = (value.case.as_str(), value.subject);
+            if !names.contains(&name) {
+                names.push(name);
             }
         }
-        names.into_iter().filter_map(|name| self.summary(name)).collect()
+        // A case's subjects side by side, in the order of the cases.
+        let mut cases: Vec<&str> = Vec::new();
+        for (case, _) in &names {
+            if !cases.contains(case) {
+                cases.push(case);
+            }
+        }
+        names.sort_by_key(|(case, subject)| {
+            (cases.iter().position(|c| c == case), *subject != PLAINTEXT, *subject)
+        });
+        names.into_iter().filter_map(|(case, subject)| self.summary(case, subject)).collect()
     }
 
-    fn summary(&self, case: &str) -> Option<Summary> {
-        let rounds: Vec<&Value> = self.values.iter().filter(|v| v.case == case).collect();
-        let first = rounds.first()?;
+    fn rounds(&self, case: &str, subject: &str) -> Vec<&Value> {
+        self.values.iter().filter(|v| v.case == case && v.subject == subject).collect()
+    }
+
+    fn summary(&self, case: &str, subject: &'static str) -> Option<Summary> {
+        let rounds = self.rounds(case, subject);
+        let unit = rounds.first()?.unit;
         let median = median(rounds.iter().map(|v| v.value).collect())?;
+        // Round by round: what the machine does to one it does to the other.
+        let plain = self.rounds(case, PLAINTEXT);
+        let ratios: Vec<f64> = rounds
+            .iter()
+            .filter_map(|v| {
+                let plain = plain.iter().find(|p| p.round == v.round)?;
+                (subject != PLAINTEXT).then_some(v.value / plain.value)
+            })
+            .collect();
         Some(Summary {
             case: case.to_owned(),
-            subject: first.subject,
+            subject,
             median,
-            unit: first.unit,
-            ratio_to_plaintext: None,
-            ratio_min: None,
-            ratio_max: None,
+            unit,
+            ratio_min: ratios.iter().copied().reduce(f64::min),
+            ratio_max: ratios.iter().copied().reduce(f64::max),
+            ratio_to_plaintext: self::median(ratios),
         })
     }
 
-    /// A line a case, aligned.
+    /// A line a case and subject, aligned.
     pub fn print(&self) {
-        println!("{:<32} {:<8} {:>12}  UNIT", "CASE", "SUBJECT", "MEDIAN");
+        println!(
+            "{:<32} {:<12} {:>12}  {:<5} {:>9} {:>15}",
+            "CASE", "SUBJECT", "MEDIAN", "UNIT", "TO PLAIN", "RANGE"
+        );
         for s in self.summaries() {
-            println!("{:<32} {:<8} {:>12.2}  {}", s.case, s.subject, s.median, s.unit);
+            let ratio = s.ratio_to_plaintext.map(|r| format!("{r:.3}")).unwrap_or_default();
+            let range = match (s.ratio_min, s.ratio_max) {
+                (Some(least), Some(most)) => format!("{least:.3} to {most:.3}"),
+                _ => String::new(),
+            };
+            let line = format!(
+                "{:<32} {:<12} {:>12.2}  {:<5} {ratio:>9} {range:>15}",
+                s.case, s.subject, s.median, s.unit
+            );
+            println!("{}", line.trim_end());
         }
     }
 
@@ -111,7 +159,7 @@ mod tests {
     fn records_are_as_the_contract_has_them() {
         let mut results = Results::default();
         for (round, value) in [(1, 10.0), (2, 30.0), (3, 20.0)] {
-            results.add("certificates", round, value, "1/s");
+            results.add("certificates", SIGNET, round, value, "1/s");
         }
         let text = results.json().unwrap();
         let lines: Vec<serde_json::Value> =
@@ -122,5 +170,18 @@ mod tests {
         assert_eq!(lines[3]["median"], 20.0);
         assert_eq!(lines[3]["unit"], "1/s");
         assert!(lines[3]["ratio_to_plaintext"].is_null(), "there is no plaintext of this");
+    }
+
+    #[test]
+    fn ratios_are_of_the_same_round() {
+        let mut results = Results::default();
+        for (round, plain, signet) in [(1, 10.0, 5.0), (2, 100.0, 20.0), (3, 1.0, 0.3)] {
+            results.add("bulk-1", SIGNET, round, signet, "Gb/s");
+            results.add("bulk-1", PLAINTEXT, round, plain, "Gb/s");
+        }
+        let [plain, signet] = &results.summaries()[..] else { panic!("two subjects") };
+        assert_eq!((plain.subject, plain.ratio_to_plaintext), (PLAINTEXT, None));
+        assert_eq!((signet.ratio_to_plaintext, signet.median), (Some(0.3), 5.0));
+        assert_eq!((signet.ratio_min, signet.ratio_max), (Some(0.2), Some(0.5)));
     }
 }

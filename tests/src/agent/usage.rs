@@ -18,6 +18,9 @@ pub struct Usage {
     /// What of it is the program's text and other files, in bytes: it comes with the first use of
     /// each page, and the kernel takes it back whenever it likes.
     pub of_files: u64,
+    /// Processor time of all its threads since its start, in ticks of the kernel's clock
+    /// (a hundredth of a second each).
+    pub cpu_ticks: u64,
 }
 
 impl Usage {
@@ -37,7 +40,19 @@ impl Usage {
                 .context(row)?;
             Ok(kilobytes * 1024)
         };
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).context("stat")?;
+        // After the name, which may hold anything, in parentheses: utime and stime are the
+        // twelfth and thirteenth (proc_pid_stat(5)).
+        let cpu_ticks = stat
+            .rsplit(')')
+            .next()
+            .map(|rest| {
+                rest.split_whitespace().skip(11).take(2).filter_map(|n| n.parse::<u64>().ok())
+            })
+            .map(Iterator::sum)
+            .context("cpu time")?;
         Ok(Self {
+            cpu_ticks,
             descriptors: count("fd")?,
             threads: count("task")?,
             resident: bytes("VmRSS")?,

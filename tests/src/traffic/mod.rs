@@ -16,6 +16,7 @@ mod hold;
 mod hostile;
 mod http;
 mod load;
+mod measure;
 mod outcome;
 pub mod reports;
 pub mod roles;
@@ -63,6 +64,10 @@ pub enum Role {
     Hammer(Hammer),
     /// Transfers bytes and compares checksums.
     Bulk(Bulk),
+    /// Serves what a `measure` asks for, on three ports from the given one on.
+    MeasureServer(MeasureServer),
+    /// Sends as much as it can for some time, and counts.
+    Measure(Measure),
     /// Answers datagrams.
     UdpServer(UdpServer),
     /// Sends datagrams and counts answers.
@@ -121,6 +126,8 @@ impl Role {
             Self::Hold(_) => "hold",
             Self::Hammer(_) => "hammer",
             Self::Bulk(_) => "bulk",
+            Self::MeasureServer(_) => "measure-server",
+            Self::Measure(_) => "measure",
             Self::UdpServer(_) => "udp-server",
             Self::UdpFlood(_) => "udp-flood",
             Self::UdpClient(_) => "udp-client",
@@ -152,6 +159,8 @@ impl Role {
             Self::Hold(role) => hold::play(&role),
             Self::Hammer(role) => hammer::play(role),
             Self::Bulk(role) => bulk::play(&role),
+            Self::MeasureServer(role) => measure::serve(&role),
+            Self::Measure(role) => measure::play(&role),
             Self::UdpServer(role) => udp::serve(&role),
             Self::UdpFlood(role) => udp::flood(&role),
             Self::UdpClient(role) => udp::send(&role),

@@ -24,6 +24,22 @@ pub struct Seen {
     pub at: u64,
 }
 
+/// What a measuring client counted.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MeasureReport {
+    /// Requests, connections, or streams that the server took to their end.
+    pub done: u64,
+    /// Bytes that were sent in bulk.
+    pub bytes: u64,
+    /// How long it took.
+    pub seconds: f64,
+    /// Middle of the times of requests or connections, microseconds.
+    pub p50_us: u32,
+    /// 99th percentile of them, microseconds.
+    pub p99_us: u32,
+}
+
 /// One call of a caller.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

@@ -9,7 +9,15 @@ use serde::{Deserialize, Serialize};
 
 /// True for roles that print `listening` once clients may come.
 pub fn is_server(role: &str) -> bool {
-    matches!(role, "tcp-server" | "http-server" | "udp-server" | "service-proxy" | "hostile-server")
+    matches!(
+        role,
+        "tcp-server"
+            | "http-server"
+            | "measure-server"
+            | "udp-server"
+            | "service-proxy"
+            | "hostile-server"
+    )
 }
 
 /// See [`super::Role::TcpServer`].
@@ -272,6 +280,47 @@ impl Default for Bulk {
             timeout_ms: 20_000,
         }
     }
+}
+
+/// See [`super::Role::MeasureServer`].
+#[derive(Clone, Debug, Serialize, Deserialize, clap::Args)]
+#[serde(rename_all = "camelCase")]
+pub struct MeasureServer {
+    /// The first of three ports: bulk, HTTP, one byte a connection.
+    #[arg(long)]
+    pub listen: SocketAddr,
+}
+
+/// See [`super::Role::Measure`].
+#[derive(Clone, Debug, Serialize, Deserialize, clap::Args)]
+#[serde(rename_all = "camelCase")]
+pub struct Measure {
+    /// The first port of a `measure-server`.
+    #[arg(long)]
+    pub to: SocketAddr,
+    /// What to do.
+    #[arg(long, value_enum)]
+    pub kind: MeasureKind,
+    /// Connections at once.
+    #[arg(long, default_value_t = 1)]
+    pub parallel: usize,
+    /// For how long.
+    #[arg(long, default_value_t = 1000)]
+    pub millis: u64,
+}
+
+/// What a measuring client does on each of its connections.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "camelCase")]
+pub enum MeasureKind {
+    /// Sends without a pause, and waits until the server has all of it.
+    Bulk,
+    /// One HTTP request after the other.
+    Http,
+    /// A connection for each byte and its answer.
+    Connect,
+    /// One request, then nothing until standard input closes.
+    Hold,
 }
 
 /// See [`super::Role::UdpServer`].
