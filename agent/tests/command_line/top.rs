@@ -62,23 +62,29 @@ async fn live_rates_are_json_lines_and_both_ends_reports_count_once() {
     let mut child = super::binary(&args).stdout(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     let reading = tokio::task::spawn_blocking(move || {
-        let mut frontend = None;
-        loop {
+        // The rows of one turn, which may come in any order.
+        let (mut turn, mut frontend, mut intruder) = (Value::Null, None, None);
+        let rows = loop {
             let line = lines.next().expect("it goes on").unwrap();
             let row: Value = serde_json::from_str(&line).unwrap();
-            let positive = |key: &str| row[key].as_f64().is_some_and(|n| n > 0.0);
+            if row["time"] != turn {
+                (turn, frontend, intruder) = (row["time"].clone(), None, None);
+            }
+            let several = |key: &str| row[key].as_f64().is_some_and(|n| n >= 4.0);
             match row["identity"].as_str().unwrap() {
-                "shop/frontend" if positive("outPerSecond") && positive("p50Seconds") => {
+                "shop/frontend" if several("outPerSecond") && several("p50Seconds") => {
                     frontend = Some(row);
                 }
-                "shop/intruder" if positive("deniedPerSecond") && frontend.is_some() => {
-                    child.kill().unwrap();
-                    child.wait().unwrap();
-                    return (frontend.unwrap(), row);
-                }
+                "shop/intruder" if several("deniedPerSecond") => intruder = Some(row),
                 _ => {}
             }
-        }
+            if let (Some(frontend), Some(intruder)) = (&frontend, &intruder) {
+                break (Value::clone(frontend), Value::clone(intruder));
+            }
+        };
+        child.kill().unwrap();
+        child.wait().unwrap();
+        rows
     });
     let deadline = Instant::now() + Duration::from_secs(60);
     while !reading.is_finished() {
