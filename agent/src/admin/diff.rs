@@ -130,7 +130,7 @@ fn with_policies(world: &World, proposed: Vec<Arc<Policy>>) -> World {
             None => policies.push(policy),
         }
     }
-    let set = PolicySet { policies, carried: world.policies.carried.clone() };
+    let set = PolicySet { policies, ..PolicySet::clone(&world.policies) };
     World { policies: Arc::new(set), ..world.clone() }
 }
 

@@ -132,7 +132,11 @@ impl Assembler {
                 .iter()
                 .filter_map(|node| Some((node.name.clone(), node.zone.clone()?)))
                 .collect(),
-            policies: Arc::new(PolicySet { policies, carried }),
+            policies: Arc::new(PolicySet {
+                policies,
+                carried,
+                request_authentications: Vec::new(),
+            }),
             peer_authentications,
             network_policies,
             called: Arc::new(by_service(objects.called.iter().map(AsRef::as_ref))),

@@ -16,6 +16,7 @@ use super::{called::Called, network_policy::NetworkPolicy};
 use crate::{
     config::values::Enforcement,
     policy::{
+        end_user::RequestAuthentication,
         istio::PeerAuthentication,
         model::{Policy, PolicySet},
     },
@@ -164,6 +165,11 @@ impl World {
         let mut policies = self.policies.selecting(&pod.name.namespace, &pod.labels);
         policies.extend(pod.strict_ports.clone());
         policies
+    }
+
+    /// The RequestAuthentications that are about a pod and in force on it.
+    pub fn request_authentications_of(&self, pod: &Pod) -> Vec<Arc<RequestAuthentication>> {
+        self.policies.authenticating(&pod.name.namespace, &pod.labels)
     }
 
     /// The pod of an address.

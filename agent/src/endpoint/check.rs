@@ -452,7 +452,7 @@ impl<'a> Check<'a> {
             protocol: self.question.protocol,
         };
         let policies = self.policies_of(judged);
-        let explanation = explain(&policies, self.default_deny(judged), &facts);
+        let explanation = explain(&policies, self.default_deny(judged), &facts, None);
         let outcome = &explanation.outcome;
         let mut side = Side {
             direction,

@@ -16,7 +16,7 @@ use crate::{
         builtins::Builtins,
         model::{Pod, Problem, World},
     },
-    policy::model::Policy,
+    policy::{end_user::RequestAuthentication, model::Policy},
     spiffe::SpiffeId,
 };
 
@@ -92,6 +92,11 @@ pub struct EndpointState {
     pub cgroup: u64,
     /// Policies that select it.
     pub policies: Arc<[Arc<Policy>]>,
+    /// RequestAuthentications that select it.
+    pub request_authentications: Arc<[Arc<RequestAuthentication>]>,
+    /// The HTTP requests that it receives are to be judged one by one: a policy asks about
+    /// them, or a RequestAuthentication selects it.
+    pub judged: bool,
     /// How its raw guard is attached; `None`: it has none.
     pub raw_guard: Option<&'static str>,
     /// True when the namespace's default is deny.

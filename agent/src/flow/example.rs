@@ -158,6 +158,8 @@ pub(crate) fn endpoint(pod: &Arc<Pod>, netns: u64, address: &str) -> Arc<Endpoin
         cgroup_path: format!("/kubepods/pod{}", pod.uid).into(),
         cgroup: netns + 1000,
         policies: Arc::new([]),
+        request_authentications: Arc::new([]),
+        judged: false,
         raw_guard: None,
         default_deny: false,
         listener4: 0,

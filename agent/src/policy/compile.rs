@@ -454,4 +454,4 @@ fn last_of(bits: u8, first: u128) -> u128 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

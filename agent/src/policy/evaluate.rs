@@ -27,6 +27,13 @@
 //! A built-in is an ALLOW that is asked last: for a flow that no DENY refuses and that nothing
 //! else lets pass. It selects nothing, so what is open by default stays open beside it.
 //!
+//! # Requests
+//!
+//! What a rule asks of HTTP requests ([`super::asked`]) a flow alone does not settle. Where
+//! nobody judges the flow's requests (the kernel, UDP, what a pod dials, bytes that are no
+//! HTTP) it fails closed: in an ALLOW it does not hold, in the others it does. Who judges
+//! requests asks [`super::request`].
+//!
 //! # Dry run
 //!
 //! A policy in dry run decides nothing. Where the flow passes, and would not if the dry runs
@@ -36,8 +43,9 @@ use std::{net::IpAddr, sync::Arc};
 
 use signet_ebpf::abi::{Direction, Reason, proto};
 
-use super::model::{
-    Action, Condition, Destination, Peer, Policy, Ports, Rule, Target, pattern_matches,
+use super::{
+    model::{Action, Condition, Destination, Peer, Policy, Ports, Rule, Target, pattern_matches},
+    request::Asked,
 };
 use crate::spiffe::{SpiffeId, TrustDomain};
 
@@ -92,10 +100,23 @@ impl Outcome {
     }
 }
 
-/// Judges a flow under the policies that select the pod, in their order.
+/// Judges a flow under the policies that select the pod, in their order, where nobody judges
+/// its requests.
 ///
 /// `default_deny` is the namespace's (or the cluster's) default.
 pub fn evaluate(policies: &[Arc<Policy>], default_deny: bool, facts: &FlowFacts<'_>) -> Outcome {
+    judge(policies, default_deny, &Question { flow: facts, asked: Asked::Unseen })
+}
+
+/// What is judged: a flow, and what is known of the request on it.
+#[derive(Clone, Copy)]
+pub(super) struct Question<'a> {
+    pub(super) flow: &'a FlowFacts<'a>,
+    pub(super) asked: Asked<'a>,
+}
+
+/// As [`evaluate`], for any question.
+pub(super) fn judge(policies: &[Arc<Policy>], default_deny: bool, facts: &Question<'_>) -> Outcome {
     let (reason, policy) = decide(policies, default_deny, facts, false);
     let mut audit = governing(policies, facts, true)
         .find(|p| p.action == Action::Audit && policy_matches(p, facts))
@@ -113,16 +134,18 @@ pub fn evaluate(policies: &[Arc<Policy>], default_deny: bool, facts: &FlowFacts<
 /// Those that speak about the flow's direction; dry runs only where they are asked for.
 fn governing<'a>(
     policies: &'a [Arc<Policy>],
-    facts: &'a FlowFacts<'_>,
+    facts: &'a Question<'_>,
     with_dry_runs: bool,
 ) -> impl Iterator<Item = &'a Arc<Policy>> {
-    policies.iter().filter(move |p| p.governs(facts.direction) && (with_dry_runs || !p.dry_run))
+    policies
+        .iter()
+        .filter(move |p| p.governs(facts.flow.direction) && (with_dry_runs || !p.dry_run))
 }
 
 fn decide<'a>(
     policies: &'a [Arc<Policy>],
     default_deny: bool,
-    facts: &'a FlowFacts<'_>,
+    facts: &'a Question<'_>,
     with_dry_runs: bool,
 ) -> (Reason, Option<&'a Arc<Policy>>) {
     let of = |action: Action| {
@@ -158,11 +181,11 @@ fn decide<'a>(
 fn refusal_of_none<'a>(
     allows: impl Iterator<Item = &'a Arc<Policy>>,
     default_deny: bool,
-    facts: &FlowFacts<'_>,
+    facts: &Question<'_>,
 ) -> (Reason, Option<&'a Arc<Policy>>) {
     let mut broken = None;
     for allow in allows {
-        if allow.is_evaluable(facts.direction) {
+        if allow.is_evaluable(facts.flow.direction) {
             return (Reason::PolicyNoMatch, Some(allow));
         }
         broken = broken.or(Some(allow));
@@ -172,7 +195,7 @@ fn refusal_of_none<'a>(
     }
     // Whom a pod may dial in another domain is said by the cluster's remote peers; who may
     // come from there, only by an ALLOW.
-    if default_deny || (is_foreign(facts) && facts.direction == Direction::Ingress) {
+    if default_deny || (is_foreign(facts) && facts.flow.direction == Direction::Ingress) {
         return (Reason::PolicyNoMatch, None);
     }
     (Reason::Allowed, None)
@@ -180,14 +203,14 @@ fn refusal_of_none<'a>(
 
 /// Why a DENY covers the flow, if it does: `policy_deny` where a rule says so in full,
 /// `policy_unsupported` where something of it counts as matching.
-fn policy_denies(policy: &Policy, facts: &FlowFacts<'_>) -> Option<Reason> {
+fn policy_denies(policy: &Policy, facts: &Question<'_>) -> Option<Reason> {
     if !policy.unsupported.is_empty() {
         return Some(Reason::PolicyUnsupported);
     }
     let matching = |rule: &&Rule| judge_rule(Action::Deny, rule, facts) == RuleVerdict::Matches;
     let mut reason = None;
-    for rule in policy.rules(facts.direction).iter().filter(matching) {
-        if rule.unsupported.is_empty() {
+    for rule in policy.rules(facts.flow.direction).iter().filter(matching) {
+        if rule.unsupported.is_empty() && holds_whatever_comes(rule, facts) {
             return Some(Reason::PolicyDeny);
         }
         reason = Some(Reason::PolicyUnsupported);
@@ -195,14 +218,23 @@ fn policy_denies(policy: &Policy, facts: &FlowFacts<'_>) -> Option<Reason> {
     reason
 }
 
+/// True unless a DENY's rule, which matches, does so only because requests are not seen.
+pub(super) fn holds_whatever_comes(rule: &Rule, facts: &Question<'_>) -> bool {
+    if !matches!(facts.asked, Asked::Unseen) || !rule.asks_requests() {
+        return true;
+    }
+    let awaited = Question { asked: Asked::Awaited, ..*facts };
+    judge_rule(Action::Deny, rule, &awaited) == RuleVerdict::Matches
+}
+
 /// True when a policy that could not be understood in full, or one of its rules, covers
 /// the flow.
-pub(super) fn policy_matches(policy: &Policy, facts: &FlowFacts<'_>) -> bool {
+pub(super) fn policy_matches(policy: &Policy, facts: &Question<'_>) -> bool {
     if !policy.unsupported.is_empty() {
         // What cannot be evaluated never widens: an ALLOW matches nothing, the rest all.
         return policy.action != Action::Allow;
     }
-    let rules = policy.rules(facts.direction);
+    let rules = policy.rules(facts.flow.direction);
     rules.iter().any(|rule| judge_rule(policy.action, rule, facts) == RuleVerdict::Matches)
 }
 
@@ -229,7 +261,7 @@ pub(super) enum RuleVerdict {
 }
 
 /// Judges one rule of a policy with this action.
-pub(super) fn judge_rule(action: Action, rule: &Rule, facts: &FlowFacts<'_>) -> RuleVerdict {
+pub(super) fn judge_rule(action: Action, rule: &Rule, facts: &Question<'_>) -> RuleVerdict {
     if rule.never {
         return RuleVerdict::Never;
     }
@@ -237,20 +269,21 @@ pub(super) fn judge_rule(action: Action, rule: &Rule, facts: &FlowFacts<'_>) -> 
     if allow && !rule.unsupported.is_empty() {
         return RuleVerdict::Unsupported;
     }
-    if !rule.to.is_empty() && !rule.to.iter().any(|to| covers(to, facts)) {
+    if !rule.to.is_empty() && !rule.to.iter().any(|to| covers(allow, to, facts)) {
         return RuleVerdict::To;
     }
     for (index, condition) in rule.when.iter().enumerate() {
         let holds = match condition {
             Condition::Peer(_) => true,
-            Condition::To(destination) => covers(destination, facts),
+            Condition::To(destination) => covers(allow, destination, facts),
+            Condition::Request(condition) => facts.asked.fulfils(allow, condition),
             Condition::Local { blocks, not_blocks } => is_local(allow, blocks, not_blocks, facts),
         };
         if !holds {
             return RuleVerdict::When(index);
         }
     }
-    match facts.peer {
+    match facts.flow.peer {
         PeerIdentity::Unknown => judge_peers(allow, rule, None, facts),
         PeerIdentity::Authenticated(id) => judge_peers(allow, rule, Some(id), facts),
         PeerIdentity::Address(id) if rule.unauthenticated => {
@@ -270,7 +303,7 @@ pub(super) fn judge_rule(action: Action, rule: &Rule, facts: &FlowFacts<'_>) -> 
         PeerIdentity::Address(id) => {
             // It may be whom the address shows, or (plaintext) anybody.
             let shown = judge_peers(false, rule, Some(id), facts);
-            if shown == RuleVerdict::Matches || facts.direction == Direction::Egress {
+            if shown == RuleVerdict::Matches || facts.flow.direction == Direction::Egress {
                 return shown;
             }
             judge_peers(false, rule, None, facts)
@@ -278,18 +311,19 @@ pub(super) fn judge_rule(action: Action, rule: &Rule, facts: &FlowFacts<'_>) -> 
     }
 }
 
-/// True when the flow's port is one of the destination's.
-fn covers(destination: &Destination, facts: &FlowFacts<'_>) -> bool {
+/// True when the flow's port and its request are of the destination's.
+fn covers(allow: bool, destination: &Destination, facts: &Question<'_>) -> bool {
     let covers = |ports: &Ports| {
         // Only TCP and UDP have ports; other protocols are not policy's to judge.
-        let protocol = match facts.protocol {
-            proto::TCP | proto::UDP => ports.protocol.is_none_or(|p| p == facts.protocol),
+        let protocol = match facts.flow.protocol {
+            proto::TCP | proto::UDP => ports.protocol.is_none_or(|p| p == facts.flow.protocol),
             _ => false,
         };
-        protocol && (ports.first..=ports.last).contains(&facts.port)
+        protocol && (ports.first..=ports.last).contains(&facts.flow.port)
     };
     (destination.ports.is_empty() || destination.ports.iter().any(covers))
         && !destination.not_ports.iter().any(covers)
+        && facts.asked.is_of(allow, &destination.operation)
 }
 
 /// Judges the pod's own address. Of several of one family it is not known which the flow is
@@ -298,12 +332,13 @@ fn is_local(
     allow: bool,
     blocks: &[ipnet::IpNet],
     not_blocks: &[ipnet::IpNet],
-    facts: &FlowFacts<'_>,
+    facts: &Question<'_>,
 ) -> bool {
-    let peer = facts.peer_ip.to_canonical();
+    let peer = facts.flow.peer_ip.to_canonical();
     let within = |blocks: &[ipnet::IpNet], ip: &IpAddr| blocks.iter().any(|b| b.contains(ip));
     let holds = |ip: &IpAddr| (blocks.is_empty() || within(blocks, ip)) && !within(not_blocks, ip);
-    let mut ips = facts.local_ips.iter().filter(|ip| ip.is_ipv4() == peer.is_ipv4()).peekable();
+    let mut ips =
+        facts.flow.local_ips.iter().filter(|ip| ip.is_ipv4() == peer.is_ipv4()).peekable();
     if ips.peek().is_none() {
         return !allow;
     }
@@ -314,7 +349,7 @@ fn judge_peers(
     allow: bool,
     rule: &Rule,
     identity: Option<&SpiffeId>,
-    facts: &FlowFacts<'_>,
+    facts: &Question<'_>,
 ) -> RuleVerdict {
     judge_peers_that(allow, rule, identity, facts, |_| true)
 }
@@ -324,7 +359,7 @@ fn judge_peers_that(
     allow: bool,
     rule: &Rule,
     identity: Option<&SpiffeId>,
-    facts: &FlowFacts<'_>,
+    facts: &Question<'_>,
     counts: impl Fn(&Peer) -> bool,
 ) -> RuleVerdict {
     let foreign = identity.map(SpiffeId::trust_domain).filter(|domain| !is_own(domain, facts));
@@ -356,9 +391,9 @@ fn peer_matches(
     allow: bool,
     peer: &Peer,
     identity: Option<&SpiffeId>,
-    facts: &FlowFacts<'_>,
+    facts: &Question<'_>,
 ) -> bool {
-    let ip = facts.peer_ip.to_canonical();
+    let ip = facts.flow.peer_ip.to_canonical();
     let in_blocks = |blocks: &[ipnet::IpNet]| blocks.iter().any(|block| block.contains(&ip));
     if !peer.ip_blocks.is_empty() && !in_blocks(&peer.ip_blocks) {
         return false;
@@ -367,9 +402,12 @@ fn peer_matches(
         return false;
     }
     let is_target = |target: &Target| {
-        target.ip == ip && target.port == facts.port && target.protocol == facts.protocol
+        target.ip == ip && target.port == facts.flow.port && target.protocol == facts.flow.protocol
     };
     if !peer.services.is_empty() && !peer.targets.iter().any(is_target) {
+        return false;
+    }
+    if !facts.asked.comes_from(allow, &peer.request) {
         return false;
     }
     let Some(id) = identity else {
@@ -437,8 +475,8 @@ fn peer_matches(
 }
 
 /// True when the other side's identity is of another trust domain.
-fn is_foreign(facts: &FlowFacts<'_>) -> bool {
-    match facts.peer {
+fn is_foreign(facts: &Question<'_>) -> bool {
+    match facts.flow.peer {
         PeerIdentity::Unknown => false,
         PeerIdentity::Address(id) | PeerIdentity::Authenticated(id) => {
             !is_own(&id.trust_domain(), facts)
@@ -447,21 +485,21 @@ fn is_foreign(facts: &FlowFacts<'_>) -> bool {
 }
 
 /// True for the cluster's own trust domain under any of its names.
-fn is_own(domain: &TrustDomain, facts: &FlowFacts<'_>) -> bool {
-    domain == facts.trust_domain || facts.aliases.contains(domain)
+fn is_own(domain: &TrustDomain, facts: &Question<'_>) -> bool {
+    domain == facts.flow.trust_domain || facts.flow.aliases.contains(domain)
 }
 
 /// True when the pattern matches an identity of our own domain under another of its names: a
 /// policy may be written before or after the domain got its present one.
-fn matches_other_name(pattern: &str, id: &SpiffeId, facts: &FlowFacts<'_>) -> bool {
-    !facts.aliases.is_empty()
+fn matches_other_name(pattern: &str, id: &SpiffeId, facts: &Question<'_>) -> bool {
+    !facts.flow.aliases.is_empty()
         && own_names(facts)
             .any(|name| pattern_matches(pattern, &format!("spiffe://{name}{}", id.path())))
 }
 
 /// The names of our own trust domain.
-fn own_names<'a>(facts: &FlowFacts<'a>) -> impl Iterator<Item = &'a TrustDomain> {
-    std::iter::once(facts.trust_domain).chain(facts.aliases)
+fn own_names<'a>(facts: &Question<'a>) -> impl Iterator<Item = &'a TrustDomain> {
+    std::iter::once(facts.flow.trust_domain).chain(facts.flow.aliases)
 }
 
 /// True when a peer that holds spells this foreign trust domain out.

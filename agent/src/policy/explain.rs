@@ -7,9 +7,11 @@ use signet_ebpf::abi::{Direction, Reason, proto};
 
 use super::{
     evaluate::{
-        FlowFacts, Outcome, PeerIdentity, RuleVerdict, evaluate, judge_rule, policy_matches,
+        FlowFacts, Outcome, PeerIdentity, Question, RuleVerdict, holds_whatever_comes, judge,
+        judge_rule, policy_matches,
     },
     model::{Action, Policy, PolicyName, Rule},
+    request::{Asked, RequestFacts},
 };
 
 /// An explained verdict of policy.
@@ -43,11 +45,19 @@ pub struct RuleStep {
     pub because: String,
 }
 
-/// Judges and explains.
-pub fn explain(policies: &[Arc<Policy>], default_deny: bool, facts: &FlowFacts<'_>) -> Explanation {
-    let outcome = evaluate(policies, default_deny, facts);
-    let steps = policies.iter().filter(|policy| policy.governs(facts.direction)).map(|policy| {
-        let rules = policy.rules(facts.direction);
+/// Judges and explains: one request on a flow, or a flow whose requests nobody sees.
+pub fn explain(
+    policies: &[Arc<Policy>],
+    default_deny: bool,
+    flow: &FlowFacts<'_>,
+    request: Option<&RequestFacts<'_>>,
+) -> Explanation {
+    let asked = request.map_or(Asked::Unseen, Asked::Seen);
+    let question = Question { flow, asked };
+    let facts = &question;
+    let outcome = judge(policies, default_deny, facts);
+    let steps = policies.iter().filter(|policy| policy.governs(flow.direction)).map(|policy| {
+        let rules = policy.rules(flow.direction);
         PolicyStep {
             policy: policy.clone(),
             matches: policy_matches(policy, facts),
@@ -55,20 +65,40 @@ pub fn explain(policies: &[Arc<Policy>], default_deny: bool, facts: &FlowFacts<'
         }
     });
     let steps: Vec<PolicyStep> = steps.collect();
-    let sentence = sentence(&outcome, &steps, default_deny, facts);
+    let sentence = sentence(&outcome, &steps, default_deny, flow);
     Explanation { outcome, sentence, policies: steps }
 }
 
-fn step(action: Action, rule: &Rule, facts: &FlowFacts<'_>) -> RuleStep {
-    let verdict = judge_rule(action, rule, facts);
+fn step(action: Action, rule: &Rule, question: &Question<'_>) -> RuleStep {
+    let verdict = judge_rule(action, rule, question);
+    let facts = question.flow;
+    let awaited = || {
+        let awaited = Question { asked: Asked::Awaited, ..*question };
+        matches!(question.asked, Asked::Unseen)
+            && rule.asks_requests()
+            && judge_rule(action, rule, &awaited) == RuleVerdict::Matches
+    };
     let because = match verdict {
+        RuleVerdict::Matches
+            if rule.unsupported.is_empty() && !holds_whatever_comes(rule, question) =>
+        {
+            "counts as matching: it asks about HTTP requests, and none is seen here".into()
+        }
         RuleVerdict::Matches if rule.unsupported.is_empty() => "matches".into(),
+        RuleVerdict::To | RuleVerdict::When(_) | RuleVerdict::Peers if awaited() => {
+            "matches only requests that it asks for, and none is seen here".into()
+        }
         RuleVerdict::Matches => format!("counts as matching: {}", rule.unsupported.join("; ")),
         RuleVerdict::Never => "asks for what cannot be, so it matches nothing".into(),
         RuleVerdict::Unsupported => {
             format!("matches nothing: {}", rule.unsupported.join("; "))
         }
-        RuleVerdict::To => format!("is not about port {}", port(facts)),
+        RuleVerdict::To => match question.asked {
+            Asked::Seen(request) if rule.all_destinations().any(|to| !to.operation.is_empty()) => {
+                format!("is not about {} {} at port {}", request.method, request.path, port(facts))
+            }
+            _ => format!("is not about port {}", port(facts)),
+        },
         RuleVerdict::When(index) => format!("its condition when[{index}] does not hold"),
         RuleVerdict::Peers => format!("is not about {}", peer(facts)),
         RuleVerdict::NotProven => format!(
@@ -113,6 +143,9 @@ fn sentence(
             format!("no policy is about its {}, and the default is allow", direction(facts))
         }
         (Reason::Allowed, None) => "no DENY matched, no ALLOW selects it".into(),
+        (_, Some(by)) if is_asking(outcome) => {
+            format!("{by} asks about HTTP requests, none is seen here, and it fails closed")
+        }
         (_, Some(by)) => format!("{by} cannot be evaluated in full and fails closed"),
         (_, None) => "a policy cannot be evaluated and fails closed".into(),
     };
@@ -124,6 +157,14 @@ fn sentence(
         };
     }
     sentence
+}
+
+/// True when all that the deciding policy lacks is a request.
+fn is_asking(outcome: &Outcome) -> bool {
+    outcome.policy.as_ref().is_some_and(|policy| {
+        policy.unsupported.is_empty()
+            && policy.ingress.iter().chain(&policy.egress).all(|rule| rule.unsupported.is_empty())
+    })
 }
 
 /// `shop/payments-callers`.

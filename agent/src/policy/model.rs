@@ -5,6 +5,11 @@ use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 use ipnet::IpNet;
 use signet_ebpf::abi::Direction;
 
+use super::{
+    asked::{Operation, RequestCondition, RequestSource},
+    end_user::RequestAuthentication,
+};
+
 /// Every policy, in evaluation order, with numbers for the kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PolicySet {
@@ -13,12 +18,14 @@ pub struct PolicySet {
     /// Those that single pods carry by themselves: the ports that a PeerAuthentication makes
     /// strict on a permissive pod. Their selectors are not asked.
     pub carried: Vec<Arc<Policy>>,
+    /// Which end users' tokens requests may carry.
+    pub request_authentications: Vec<Arc<RequestAuthentication>>,
 }
 
 impl PolicySet {
     /// A set that no pod carries anything of by itself.
     pub fn new(policies: Vec<Arc<Policy>>) -> Self {
-        Self { policies, carried: Vec::new() }
+        Self { policies, ..Self::default() }
     }
 
     /// The policies that are about a pod, in evaluation order.
@@ -28,6 +35,22 @@ impl PolicySet {
         labels: &BTreeMap<Arc<str>, Arc<str>>,
     ) -> Vec<Arc<Policy>> {
         self.policies.iter().filter(|p| p.selector.selects(namespace, labels)).cloned().collect()
+    }
+
+    /// The RequestAuthentications that are about a pod and in force on it.
+    pub fn authenticating(
+        &self,
+        namespace: &str,
+        labels: &BTreeMap<Arc<str>, Arc<str>>,
+    ) -> Vec<Arc<RequestAuthentication>> {
+        let all = self.request_authentications.iter();
+        all.filter(|object| {
+            !object.ignored
+                && !object.rules.is_empty()
+                && object.selector.selects(namespace, labels)
+        })
+        .cloned()
+        .collect()
     }
 }
 
@@ -242,7 +265,7 @@ impl Rule {
         let to = if ports.is_empty() {
             Vec::new()
         } else {
-            vec![Destination { ports, not_ports: Vec::new() }]
+            vec![Destination { ports, ..Destination::default() }]
         };
         Self { peers, to, ..Self::default() }
     }
@@ -251,7 +274,7 @@ impl Rule {
     pub fn all_peers(&self) -> impl Iterator<Item = &Peer> {
         let conditions = self.when.iter().filter_map(|condition| match condition {
             Condition::Peer(peer) => Some(&**peer),
-            Condition::To(_) | Condition::Local { .. } => None,
+            Condition::To(_) | Condition::Local { .. } | Condition::Request(_) => None,
         });
         self.peers.iter().chain(conditions)
     }
@@ -260,9 +283,16 @@ impl Rule {
     pub fn all_destinations(&self) -> impl Iterator<Item = &Destination> {
         let conditions = self.when.iter().filter_map(|condition| match condition {
             Condition::To(destination) => Some(destination),
-            Condition::Peer(_) | Condition::Local { .. } => None,
+            Condition::Peer(_) | Condition::Local { .. } | Condition::Request(_) => None,
         });
         self.to.iter().chain(conditions)
+    }
+
+    /// True when it asks something of HTTP requests, so that a flow alone does not settle it.
+    pub fn asks_requests(&self) -> bool {
+        self.all_peers().any(|peer| !peer.request.is_empty())
+            || self.all_destinations().any(|to| !to.operation.is_empty())
+            || self.when.iter().any(|c| matches!(c, Condition::Request(_)))
     }
 
     /// True when it depends on which of the pod's own addresses the flow is at.
@@ -271,13 +301,15 @@ impl Rule {
     }
 }
 
-/// Ports that a rule is about; one that names none is about all.
+/// Ports and requests that a rule is about; one that names none is about all.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Destination {
     /// Any of them; empty: every port.
     pub ports: Vec<Ports>,
     /// Ports that it does not cover.
     pub not_ports: Vec<Ports>,
+    /// Which HTTP requests.
+    pub operation: Operation,
 }
 
 /// A further demand of a rule (Istio's `when`).
@@ -294,6 +326,8 @@ pub enum Condition {
         /// None of these.
         not_blocks: Vec<IpNet>,
     },
+    /// On an HTTP request: a header, a claim of its end user.
+    Request(Box<RequestCondition>),
 }
 
 /// Who the other side is: all fields that are given must hold, one value of each.
@@ -327,10 +361,13 @@ pub struct Peer {
     pub ip_blocks: Vec<IpNet>,
     /// None of these.
     pub not_ip_blocks: Vec<IpNet>,
+    /// On behalf of whom an HTTP request comes.
+    pub request: RequestSource,
 }
 
 impl Peer {
-    /// True when it says anything about who the other side is, beyond its address.
+    /// True when it says anything about who the other side is, beyond its address. The end
+    /// user of a request is proven by a token, not by the other side.
     pub fn constrains_identity(&self) -> bool {
         !(self.identities.is_empty()
             && self.not_identities.is_empty()

@@ -14,11 +14,19 @@
 //!     - from:                                  # absent: everybody; entries are ORed
 //!         - serviceAccounts: [frontend]        # fields are ANDed, values ORed
 //!       ports: [{port: 8080, protocol: TCP}]   # absent: every port
+//!       http:                                  # absent: every request, and what is not HTTP
+//!         - methods: [POST]
+//!           paths: [/api/v1/payments]
 //! ```
+//!
+//! What `http`, `headers`, `claims` and a peer's `requestPrincipals` ask of HTTP requests is
+//! judged request by request ([`super::request`]); they mean what they mean in Istio's
+//! AuthorizationPolicy.
 //!
 //! A ClusterIdentityPolicy has no namespace: its `selector.namespaces` says where it holds
 //! (absent: everywhere), and service accounts and services are written `namespace/name`.
 
+mod requests;
 pub mod schema;
 
 use std::{collections::BTreeMap, sync::Arc};
@@ -45,12 +53,19 @@ pub const CLUSTER_KIND: &str = "ClusterIdentityPolicy";
 const SPEC: &[&str] = &["selector", "action", "ingress", "egress"];
 /// Fields of `selector`; the last one is a ClusterIdentityPolicy's.
 const SELECTOR: &[&str] = &["matchLabels", "namespaces"];
-/// Fields of a rule, besides `from` or `to`.
-const RULE: &[&str] = &["ports", "notPorts", "unauthenticated"];
+/// Fields of a rule, besides `from` or `to`; the first three are of `ingress` alone.
+const RULE: &[&str] = &["http", "headers", "claims", "ports", "notPorts", "unauthenticated"];
+/// Fields of an entry of `http`.
+const HTTP: &[&str] = &["methods", "notMethods", "paths", "notPaths", "hosts", "notHosts"];
+/// Fields of an entry of `headers` and of `claims`, besides what names it.
+const MATCH: &[&str] = &["values", "notValues"];
 /// Fields of an entry of `ports`.
 const PORTS: &[&str] = &["port", "endPort", "protocol"];
-/// Fields of an entry of `from` and `to`; the last one is of `to` alone.
+/// Fields of an entry of `from` and `to`; the first two are of `from` alone, the last one is
+/// of `to` alone.
 const PEER: &[&str] = &[
+    "requestPrincipals",
+    "notRequestPrincipals",
     "identities",
     "notIdentities",
     "namespaces",
@@ -72,6 +87,12 @@ const MAX_PEERS: usize = 64;
 const MAX_VALUES: usize = 256;
 /// Entries of `ports` or `notPorts`.
 const MAX_PORTS: usize = 64;
+/// Entries of `http`, `headers` or `claims`.
+const MAX_REQUESTS: usize = 32;
+/// Characters of a value that requests are compared with.
+const MAX_CHARS: usize = 1024;
+/// Names in the path of a claim.
+const MAX_CLAIM_PATH: usize = 16;
 /// Labels of a selector.
 const MAX_LABELS: usize = 32;
 
@@ -213,24 +234,29 @@ fn read_selector(
     Ok((labels, among))
 }
 
-fn read_rule(rule: &Node, peers: &str, namespace: &str) -> Result<Rule, Fault> {
+fn read_rule(rule: &Node, peers: &'static str, namespace: &str) -> Result<Rule, Fault> {
     let mut read = Rule::default();
     let mut to = Destination::default();
-    let known: Vec<&str> = std::iter::once(peers).chain(RULE.iter().copied()).collect();
+    let mut requests = Vec::new();
+    let is_egress = peers == "to";
+    let known: Vec<&str> = std::iter::once(peers).chain(known_rule(is_egress)).collect();
     fields(rule, &known, |field, node| {
         match field {
+            "http" => requests = filled(node, MAX_REQUESTS, requests::operation)?,
+            "headers" => read.when.extend(filled(node, MAX_REQUESTS, requests::header)?),
+            "claims" => read.when.extend(filled(node, MAX_REQUESTS, requests::claim)?),
             "ports" => to.ports = filled(node, MAX_PORTS, read_ports)?,
             "notPorts" => to.not_ports = filled(node, MAX_PORTS, read_ports)?,
             "unauthenticated" => read.unauthenticated = node.boolean()?,
-            _ => {
-                let to = peers == "to";
-                read.peers = filled(node, MAX_PEERS, |n| read_peer(n, namespace, to))?;
-            }
+            _ => read.peers = filled(node, MAX_PEERS, |n| read_peer(n, namespace, is_egress))?,
         }
         Ok(())
     })?;
-    if to != Destination::default() {
+    if requests.is_empty() && to != Destination::default() {
         read.to.push(to);
+    } else {
+        let each = requests.into_iter().map(|operation| Destination { operation, ..to.clone() });
+        read.to.extend(each);
     }
     Ok(read)
 }
@@ -291,6 +317,12 @@ fn read_peer(peer: &Node, namespace: &str, is_egress: bool) -> Result<Peer, Faul
             "services" => {
                 read.services = filled(node, MAX_VALUES, |n| read_service(n, namespace))?;
             }
+            "requestPrincipals" => {
+                read.request.principals = filled(node, MAX_VALUES, requests::principal)?;
+            }
+            "notRequestPrincipals" => {
+                read.request.not_principals = filled(node, MAX_VALUES, requests::principal)?;
+            }
             "ipBlocks" => read.ip_blocks = filled(node, MAX_VALUES, read_block)?,
             _ => read.not_ip_blocks = filled(node, MAX_VALUES, read_block)?,
         }
@@ -302,9 +334,14 @@ fn read_peer(peer: &Node, namespace: &str, is_egress: bool) -> Result<Peer, Faul
     Ok(read)
 }
 
-/// Only what is dialled has a Service.
+/// Only what is dialled has a Service, only what is received has an end user.
 fn known_peer(is_egress: bool) -> &'static [&'static str] {
-    if is_egress { PEER } else { &PEER[..PEER.len() - 1] }
+    if is_egress { &PEER[2..] } else { &PEER[..PEER.len() - 1] }
+}
+
+/// Requests are judged where they arrive.
+fn known_rule(is_egress: bool) -> impl Iterator<Item = &'static str> {
+    RULE.iter().copied().skip(if is_egress { 3 } else { 0 })
 }
 
 /// Only a cluster's policy chooses namespaces.

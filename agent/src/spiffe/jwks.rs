@@ -226,6 +226,15 @@ impl RawKey {
     }
 }
 
+impl JwtKey {
+    /// The key of a JWK of kty RSA or EC, whatever else the JWK says; `None` when it is none.
+    pub fn from_jwk(value: &Value) -> Option<Self> {
+        let raw: RawKey = serde::Deserialize::deserialize(value).ok()?;
+        let kty = value.get("kty")?.as_str()?;
+        if matches!(kty, "RSA" | "EC") { raw.key(kty).ok() } else { None }
+    }
+}
+
 /// The public key of a certificate, when it is of a kind that has a JWK here.
 fn certificate_key(der: &CertificateDer<'_>) -> Option<JwtKey> {
     let (_, certificate) = X509Certificate::from_der(der).ok()?;

@@ -216,6 +216,8 @@ fn endpoint(pod: &Arc<Pod>, netns: u64, address: &str) -> Arc<EndpointState> {
         addresses: vec![address.parse::<IpAddr>().unwrap()],
         cgroup_path: format!("/kubepods/pod{}", pod.uid).into(),
         cgroup: netns + 1000,
+        request_authentications: Arc::new([]),
+        judged: false,
         policies: Arc::new([]),
         raw_guard: None,
         default_deny: false,

@@ -28,7 +28,7 @@ use crate::{
         builtins::Builtins,
         model::{ExemptPort, ObjectName, Pod, PodUid, Problem, World},
     },
-    policy::{compile::PolicyEntry, model::Policy},
+    policy::{compile::PolicyEntry, model::Policy, request::asks_requests},
     spiffe::SpiffeId,
 };
 
@@ -353,12 +353,12 @@ impl<'a> Planner<'a> {
         let ports = found.listeners.unwrap_or_default();
         let namespace = self.input.world.namespaces.get(&pod.name.namespace);
         let judged = phase.is_judged() && mode != Mode::Off;
-        let policies: Arc<[Arc<Policy>]> = if judged {
-            let own = self.input.world.policies_of(pod);
-            own.into_iter().chain(self.builtins.iter().cloned()).collect()
-        } else {
-            Arc::default()
-        };
+        let (mut policies, mut tokens) = (Vec::new(), Vec::new());
+        if judged {
+            policies = self.input.world.policies_of(pod);
+            policies.extend(self.builtins.iter().cloned());
+            tokens = self.input.world.request_authentications_of(pod);
+        }
         self.own_rows(pod, found, netns, mode, phase, number, ports);
         let raw_guard = self.guard(pod, found, mode);
         if judged {
@@ -381,7 +381,9 @@ impl<'a> Planner<'a> {
                 addresses: found.addresses.clone(),
                 cgroup_path: found.cgroup_path.clone(),
                 cgroup: found.cgroup,
-                policies,
+                judged: asks_requests(&policies) || !tokens.is_empty(),
+                policies: policies.into(),
+                request_authentications: tokens.into(),
                 raw_guard,
                 default_deny: judged && namespace.is_some_and(|n| n.default_deny),
                 listener4: ports.v4,

@@ -10,7 +10,12 @@ use signet_ebpf::{
 };
 
 use super::*;
-use crate::policy::model::{Action, Condition, Destination, Peer, Ports, Rule, Selector, Target};
+use crate::policy::{
+    asked::{
+        Operation, PathPattern, PrincipalPattern, RequestCondition, RequestKey, RequestSource,
+    },
+    model::{Action, Condition, Destination, Peer, Ports, Rule, Selector, Target},
+};
 
 const POD: u64 = 7;
 
@@ -61,11 +66,11 @@ fn shares(a: &[u8; 20], b: &[u8; 20], bits: u32) -> bool {
     (0..bits as usize).all(|i| (a[i / 8] ^ b[i / 8]) & (0x80 >> (i % 8)) == 0)
 }
 
-fn domain() -> TrustDomain {
+pub(in crate::policy) fn domain() -> TrustDomain {
     TrustDomain::parse("cluster.local").unwrap()
 }
 
-fn identities() -> Vec<(u32, SpiffeId)> {
+pub(in crate::policy) fn identities() -> Vec<(u32, SpiffeId)> {
     [("shop", "front"), ("shop", "pay"), ("evil", "front")]
         .into_iter()
         .enumerate()
@@ -150,22 +155,26 @@ fn peer() -> impl Strategy<Value = Peer> {
         (texts(IDS), texts(IDS), texts(SPACES), texts(SPACES)),
         (accounts(), accounts(), blocks(), blocks()),
         (texts(DOMAINS), texts(DOMAINS), prop::bool::weighted(0.1), targets()),
+        source(),
     )
-        .prop_map(|((i, ni, n, nn), (a, na, b, nb), (d, nd, unidentified, targets))| Peer {
-            identities: i,
-            not_identities: ni,
-            namespaces: n,
-            not_namespaces: nn,
-            service_accounts: a,
-            not_service_accounts: na,
-            trust_domains: d,
-            not_trust_domains: nd,
-            services: if targets.is_empty() { vec![] } else { vec![("a".into(), "b".into())] },
-            targets,
-            unidentified,
-            ip_blocks: b,
-            not_ip_blocks: nb,
-        })
+        .prop_map(
+            |((i, ni, n, nn), (a, na, b, nb), (d, nd, unidentified, targets), request)| Peer {
+                request,
+                identities: i,
+                not_identities: ni,
+                namespaces: n,
+                not_namespaces: nn,
+                service_accounts: a,
+                not_service_accounts: na,
+                trust_domains: d,
+                not_trust_domains: nd,
+                services: if targets.is_empty() { vec![] } else { vec![("a".into(), "b".into())] },
+                targets,
+                unidentified,
+                ip_blocks: b,
+                not_ip_blocks: nb,
+            },
+        )
 }
 
 /// Where services are: some at one port, some at several.
@@ -191,7 +200,54 @@ fn ports() -> impl Strategy<Value = Vec<Ports>> {
 }
 
 fn destination() -> impl Strategy<Value = Destination> {
-    (ports(), ports()).prop_map(|(ports, not_ports)| Destination { ports, not_ports })
+    (ports(), ports(), operation()).prop_map(|(ports, not_ports, operation)| Destination {
+        ports,
+        not_ports,
+        operation,
+    })
+}
+
+/// Mostly nothing: requests are asked about by some rules only.
+fn operation() -> impl Strategy<Value = Operation> {
+    const METHODS: &[&str] = &["GET", "P*", "*T", "*"];
+    const PATHS: &[&str] = &["/a", "/a/*", "/a/{*}", "/{**}", "*/b"];
+    const HOSTS: &[&str] = &["shop.example", "*.example", "shop*", "*"];
+    let paths = || {
+        texts(PATHS).prop_map(|all| all.iter().map(|p| PathPattern::parse(p).unwrap()).collect())
+    };
+    let some = (texts(METHODS), texts(METHODS), paths(), paths(), texts(HOSTS), texts(HOSTS));
+    let some = some.prop_map(|(methods, not_methods, paths, not_paths, hosts, not_hosts)| {
+        Operation { methods, not_methods, paths, not_paths, hosts, not_hosts }
+    });
+    prop_oneof![3 => Just(Operation::default()), 1 => some]
+}
+
+fn source() -> impl Strategy<Value = RequestSource> {
+    const USERS: &[&str] =
+        &["*", "https://login.example/alice", "https://login.example/*", "*/bob"];
+    let users =
+        || texts(USERS).prop_map(|all| all.iter().map(|p| PrincipalPattern::new(p)).collect());
+    let some = (users(), users(), blocks(), blocks());
+    let some = some.prop_map(|(principals, not_principals, remote_blocks, not_remote_blocks)| {
+        RequestSource { principals, not_principals, remote_blocks, not_remote_blocks }
+    });
+    prop_oneof![4 => Just(RequestSource::default()), 1 => some]
+}
+
+fn request_condition() -> impl Strategy<Value = RequestCondition> {
+    const VALUES: &[&str] = &["gold", "go*", "*ld", "*"];
+    let key = prop_oneof![
+        Just(RequestKey::Header(http::HeaderName::from_static("x-tier"))),
+        Just(RequestKey::Audiences),
+        Just(RequestKey::Presenter),
+        Just(RequestKey::Claim(vec!["tier".into()])),
+        Just(RequestKey::Sni),
+    ];
+    (key, texts(VALUES), texts(VALUES)).prop_map(|(key, values, not_values)| RequestCondition {
+        key,
+        values,
+        not_values,
+    })
 }
 
 fn condition() -> impl Strategy<Value = Condition> {
@@ -200,6 +256,7 @@ fn condition() -> impl Strategy<Value = Condition> {
         2 => destination().prop_map(Condition::To),
         1 => (blocks(), blocks())
             .prop_map(|(blocks, not_blocks)| Condition::Local { blocks, not_blocks }),
+        1 => request_condition().prop_map(|condition| Condition::Request(Box::new(condition))),
     ]
 }
 
@@ -226,7 +283,7 @@ fn blank(name: &str, action: Action) -> Policy {
     Policy::new(name, Selector::default(), action)
 }
 
-fn policies() -> impl Strategy<Value = Vec<Arc<Policy>>> {
+pub(in crate::policy) fn policies() -> impl Strategy<Value = Vec<Arc<Policy>>> {
     let action = select(&[Action::Allow, Action::Deny, Action::Audit][..]);
     let unsupported = prop_oneof![9 => Just(vec![]), 1 => Just(vec!["x".to_owned()])];
     let rules = || option::of(vec(rule(), 0..3));
@@ -259,7 +316,7 @@ fn builtin() -> impl Strategy<Value = Policy> {
     })
 }
 
-fn addresses() -> impl Strategy<Value = IpAddr> {
+pub(in crate::policy) fn addresses() -> impl Strategy<Value = IpAddr> {
     const SOME: &[&str] = &[
         "10.0.0.1",
         "10.1.0.1",

@@ -5,7 +5,10 @@ use std::sync::Arc;
 use super::{AUTHORIZATION_POLICY, Envelope, Reader, values::Values};
 use crate::{
     config::yaml::{Fault, Node, shorten},
-    policy::model::{Action, Condition, Destination, Peer, Policy, Rule, Selector},
+    policy::{
+        asked::{RequestCondition, RequestKey},
+        model::{Action, Condition, Destination, Peer, Policy, Rule, Selector},
+    },
 };
 
 /// Entries of `rules`, `from` and `to` (the limits of Istio's own schema).
@@ -163,6 +166,13 @@ impl Authorization {
             Action::Deny | Action::Audit if policy.ingress.is_empty() => {
                 self.reader.note(spec, "it has no rules and so does nothing");
             }
+            _ if policy.ingress.iter().any(Rule::asks_requests) => {
+                self.reader.note(
+                    spec,
+                    "it asks about HTTP requests: each one to the pods that it selects is judged; \
+                     what is not HTTP there fails closed",
+                );
+            }
             _ => {}
         }
     }
@@ -236,14 +246,6 @@ impl Authorization {
         rule.unsupported.push(format!("{field} {what}"));
     }
 
-    fn layer_7(&mut self, node: &Node, rule: &mut Rule) -> Result<bool, Fault> {
-        let some = self.reader.count(node)? > 0;
-        if some {
-            self.unsupported(node, rule, "needs layer 7");
-        }
-        Ok(some)
-    }
-
     /// Values that may not have been readable.
     fn known<T>(&mut self, node: &Node, rule: &mut Rule, values: Values<T>) -> Vec<T> {
         values.unwrap_or_else(|| {
@@ -302,8 +304,19 @@ impl Authorization {
                         let values = reader.blocks(node)?;
                         peer.not_ip_blocks = self.known(node, rule, values);
                     }
+                    "requestPrincipals" => {
+                        peer.request.principals = reader.request_principals(node)?;
+                    }
+                    "notRequestPrincipals" => {
+                        peer.request.not_principals = reader.request_principals(node)?;
+                    }
+                    "remoteIpBlocks" => {
+                        let values = reader.blocks(node)?;
+                        peer.request.remote_blocks = self.known(node, rule, values);
+                    }
                     _ => {
-                        self.layer_7(node, rule)?;
+                        let values = reader.blocks(node)?;
+                        peer.request.not_remote_blocks = self.known(node, rule, values);
                     }
                 }
                 self.reader.path.pop();
@@ -329,6 +342,7 @@ impl Authorization {
             return Ok(Some(Peer {
                 ip_blocks: peer.ip_blocks,
                 not_ip_blocks: peer.not_ip_blocks,
+                request: peer.request,
                 ..Peer::default()
             }));
         }
@@ -363,8 +377,17 @@ impl Authorization {
                         let values = self.reader.ports(node)?;
                         to.not_ports = self.known(node, rule, values);
                     }
+                    "methods" => to.operation.methods = self.reader.methods(node)?,
+                    "notMethods" => to.operation.not_methods = self.reader.methods(node)?,
+                    "hosts" => to.operation.hosts = self.reader.hosts(node)?,
+                    "notHosts" => to.operation.not_hosts = self.reader.hosts(node)?,
+                    "paths" => {
+                        let values = self.reader.paths(node)?;
+                        to.operation.paths = self.known(node, rule, values);
+                    }
                     _ => {
-                        self.layer_7(node, rule)?;
+                        let values = self.reader.paths(node)?;
+                        to.operation.not_paths = self.known(node, rule, values);
                     }
                 }
                 self.reader.path.pop();
@@ -433,12 +456,36 @@ impl Authorization {
             "destination.port" => Condition::To(Destination {
                 ports: self.listed("values", values, rule, Reader::ports)?,
                 not_ports: self.listed("notValues", not_values, rule, Reader::ports)?,
+                ..Destination::default()
             }),
-            other => {
-                let what = format!("{:?} needs layer 7", shorten(other));
-                self.unsupported(entry, rule, &what);
-                return Ok(None);
+            "remote.ip" => {
+                let request = &mut peer.request;
+                request.remote_blocks = self.listed("values", values, rule, Reader::blocks)?;
+                request.not_remote_blocks =
+                    self.listed("notValues", not_values, rule, Reader::blocks)?;
+                Condition::Peer(Box::new(peer))
             }
+            "request.auth.principal" => {
+                let read =
+                    |reader: &mut Reader, node: &Node| reader.request_principals(node).map(Some);
+                peer.request.principals = self.listed("values", values, rule, read)?;
+                peer.request.not_principals = self.listed("notValues", not_values, rule, read)?;
+                Condition::Peer(Box::new(peer))
+            }
+            other => match request_key(other) {
+                Ok(key) => {
+                    let read = |reader: &mut Reader, node: &Node| reader.texts(node).map(Some);
+                    Condition::Request(Box::new(RequestCondition {
+                        key,
+                        values: self.listed("values", values, rule, read)?,
+                        not_values: self.listed("notValues", not_values, rule, read)?,
+                    }))
+                }
+                Err(why) => {
+                    self.unsupported(entry, rule, &format!("{:?} {why}", shorten(other)));
+                    return Ok(None);
+                }
+            },
         };
         Ok(Some(condition))
     }
@@ -457,6 +504,31 @@ impl Authorization {
         self.reader.path.pop();
         Ok(known)
     }
+}
+
+/// The property of a request that a key of `when` names.
+fn request_key(key: &str) -> Result<RequestKey, &'static str> {
+    match key {
+        "request.auth.audiences" => return Ok(RequestKey::Audiences),
+        "request.auth.presenter" => return Ok(RequestKey::Presenter),
+        "connection.sni" => return Ok(RequestKey::Sni),
+        _ => {}
+    }
+    let within = |prefix: &str| key.strip_prefix(prefix)?.strip_prefix('[')?.strip_suffix(']');
+    if let Some(name) = within("request.headers") {
+        return name
+            .parse()
+            .map(RequestKey::Header)
+            .map_err(|_| "does not name a header; write it like request.headers[x-tier]");
+    }
+    if let Some(path) = within("request.auth.claims") {
+        let names: Vec<Arc<str>> = path.split("][").map(Into::into).collect();
+        if names.iter().all(|name| !name.is_empty() && !name.contains(['[', ']'])) {
+            return Ok(RequestKey::Claim(names));
+        }
+        return Err("does not name a claim; write it like request.auth.claims[realm][role]");
+    }
+    Err("is not a key that is known here")
 }
 
 /// `Service shop/db, Gateway shop/front`.

@@ -141,7 +141,7 @@ fn looser(what: &str) -> String {
 fn refusing_plaintext(name: PolicyName, ports: Vec<Ports>) -> Policy {
     let rule = Rule {
         peers: vec![Peer { unidentified: true, ..Peer::default() }],
-        to: vec![Destination { ports, not_ports: Vec::new() }],
+        to: vec![Destination { ports, ..Destination::default() }],
         ..Rule::default()
     };
     let name = PolicyName { kind: PEER_AUTHENTICATION.into(), ..name };

@@ -7,7 +7,11 @@ use ipnet::IpNet;
 use super::Reader;
 use crate::{
     config::yaml::{Fault, Node, shorten},
-    policy::{model::Ports, native::is_dns_name},
+    policy::{
+        asked::{PathPattern, PrincipalPattern},
+        model::Ports,
+        native::is_dns_name,
+    },
     spiffe::{SpiffeId, TrustDomain},
 };
 
@@ -24,11 +28,6 @@ const MAX_CHARS: usize = 2048;
 pub(super) type Values<T> = Option<Vec<T>>;
 
 impl Reader {
-    /// Number of values, whatever they are; for fields that are not evaluated.
-    pub(super) fn count(&mut self, node: &Node) -> Result<usize, Fault> {
-        Ok(self.each(node, MAX_VALUES, |_, node| node.text().map(drop))?.len())
-    }
-
     /// `td/ns/X/sa/Y` and patterns of it, as patterns over SPIFFE IDs.
     pub(super) fn principals(&mut self, node: &Node) -> Result<Vec<Arc<str>>, Fault> {
         self.each(node, MAX_VALUES, |reader, node| {
@@ -154,6 +153,94 @@ impl Reader {
             Ok(block)
         })?;
         Ok(values.into_iter().collect())
+    }
+
+    /// Texts and patterns of them, as requests have them.
+    pub(super) fn texts(&mut self, node: &Node) -> Result<Vec<Arc<str>>, Fault> {
+        self.each(node, MAX_VALUES, |_, node| bounded(node).map(Into::into))
+    }
+
+    /// Methods and patterns of them.
+    pub(super) fn methods(&mut self, node: &Node) -> Result<Vec<Arc<str>>, Fault> {
+        self.each(node, MAX_VALUES, |reader, node| {
+            let text = bounded(node)?;
+            if text.bytes().any(|c| c.is_ascii_lowercase()) {
+                reader.note(
+                    node,
+                    format!(
+                        "{:?}: upper and lower case count in methods, and those of the standards \
+                         are in upper case",
+                        shorten(text)
+                    ),
+                );
+            }
+            Ok(text.into())
+        })
+    }
+
+    /// Hosts and patterns of them; in lower case, because case does not count in them.
+    pub(super) fn hosts(&mut self, node: &Node) -> Result<Vec<Arc<str>>, Fault> {
+        self.each(node, MAX_VALUES, |reader, node| {
+            let text = bounded(node)?;
+            if !text.contains(['*', ':']) && !text.is_empty() {
+                reader.note(
+                    node,
+                    format!(
+                        "{0:?}: a request may name the port, too; add \"{0}:*\" to cover that",
+                        shorten(text)
+                    ),
+                );
+            }
+            Ok(text.to_ascii_lowercase().into())
+        })
+    }
+
+    /// Paths, patterns and templates of them.
+    pub(super) fn paths(&mut self, node: &Node) -> Result<Values<PathPattern>, Fault> {
+        let values = self.each(node, MAX_VALUES, |reader, node| {
+            let text = bounded(node)?;
+            match PathPattern::parse(text) {
+                Ok(pattern) => {
+                    if !text.starts_with(['/', '*', '{']) || text.contains(['?', '#']) {
+                        reader.fault(
+                            node,
+                            format!(
+                                "{:?} can never match; a path begins with / and stands without \
+                                 the query",
+                                shorten(text)
+                            ),
+                        );
+                    }
+                    Ok(Some(pattern))
+                }
+                Err(error) => {
+                    reader.fault(
+                        node,
+                        format!("{:?} is not a path template: {error}", shorten(text)),
+                    );
+                    Ok(None)
+                }
+            }
+        })?;
+        Ok(values.into_iter().collect())
+    }
+
+    /// `issuer/subject` and patterns of it.
+    pub(super) fn request_principals(
+        &mut self,
+        node: &Node,
+    ) -> Result<Vec<PrincipalPattern>, Fault> {
+        self.each(node, MAX_VALUES, |reader, node| {
+            let text = bounded(node)?;
+            let pattern = PrincipalPattern::new(text);
+            if !pattern.can_match() {
+                reader.fault(
+                    node,
+                    format!("{:?} can never match; write it like issuer/subject", shorten(text)),
+                );
+            }
+            Ok(pattern)
+        })
     }
 
     /// Port numbers, as text.

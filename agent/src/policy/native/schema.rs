@@ -7,8 +7,8 @@
 use serde_json::{Map, Value, json};
 
 use super::{
-    CLUSTER_KIND, KIND, MAX_LABELS, MAX_PEERS, MAX_PORTS, MAX_RULES, MAX_VALUES, PORTS, RULE, SPEC,
-    known_peer, known_selector,
+    CLUSTER_KIND, HTTP, KIND, MATCH, MAX_CHARS, MAX_CLAIM_PATH, MAX_LABELS, MAX_PEERS, MAX_PORTS,
+    MAX_REQUESTS, MAX_RULES, MAX_VALUES, PORTS, SPEC, known_peer, known_rule, known_selector,
 };
 
 /// A namespace or another name of one label.
@@ -157,8 +157,30 @@ fn selector(is_cluster: bool) -> Value {
 }
 
 fn traffic_rule(peers: &'static str, is_cluster: bool) -> Value {
-    let fields: Vec<&str> = std::iter::once(peers).chain(RULE.iter().copied()).collect();
+    let fields: Vec<&str> = std::iter::once(peers).chain(known_rule(peers == "to")).collect();
     object(&fields, |field| match field {
+        "http" => list(
+            operation(),
+            1,
+            MAX_REQUESTS,
+            "HTTP requests, any of them; absent: every request, and what is not HTTP.",
+        ),
+        "headers" => list(
+            matched("name", "The header's name.", plain(256)),
+            1,
+            MAX_REQUESTS,
+            "Headers of the request, all of them; several values are one, with commas between.",
+        ),
+        "claims" => list(
+            matched(
+                "path",
+                "The claim's name, or the names on the way to it.",
+                list(plain(MAX_CHARS), 1, MAX_CLAIM_PATH, ""),
+            ),
+            1,
+            MAX_REQUESTS,
+            "Claims of the request's end user, all of them.",
+        ),
         "ports" => list(
             ports(),
             1,
@@ -214,6 +236,11 @@ fn peer(is_egress: bool, is_cluster: bool) -> Value {
         "notServiceAccounts" => values(account(), "None of these."),
         "ipBlocks" => values(block(), "Addresses or ranges."),
         "notIpBlocks" => values(block(), "None of these."),
+        "requestPrincipals" => values(
+            plain(MAX_CHARS),
+            "The request's end user: issuer/subject, issuer/*, */subject or * for any.",
+        ),
+        "notRequestPrincipals" => values(plain(MAX_CHARS), "None of these; absent is none, too."),
         "trustDomains" => values(domain(), "Trust domains: names, prefix*, *suffix or *."),
         "notTrustDomains" => values(domain(), "None of these."),
         _ => {
@@ -227,6 +254,51 @@ fn peer(is_egress: bool, is_cluster: bool) -> Value {
             "description": "Who the other side is: every field that is given must hold.",
         }),
     )
+}
+
+/// An entry of `http`.
+fn operation() -> Value {
+    let values = |items: Value, description: &str| list(items, 1, MAX_VALUES, description);
+    let schema = object(HTTP, |field| match field {
+        "methods" => values(plain(MAX_CHARS), "Methods: exact, prefix*, *suffix or *."),
+        "paths" => values(
+            path(),
+            "Paths without the query: exact, prefix*, *suffix, or with {*} for one segment and \
+             {**} for any.",
+        ),
+        "hosts" => values(
+            plain(MAX_CHARS),
+            "Hosts as the request names them, its port included; case does not count.",
+        ),
+        "notPaths" => values(path(), "None of these."),
+        _ => values(plain(MAX_CHARS), "None of these."),
+    });
+    with(schema, json!({"minProperties": 1, "description": "Every field that is given must hold."}))
+}
+
+/// An entry that wants values of what `by` names.
+fn matched(by: &str, description: &str, schema: Value) -> Value {
+    let fields: Vec<&str> = std::iter::once(by).chain(MATCH.iter().copied()).collect();
+    let named = with(schema, json!({"description": description}));
+    let schema = object(&fields, |field| match field {
+        "values" => list(
+            plain(MAX_CHARS),
+            1,
+            MAX_VALUES,
+            "Any of them: exact, prefix*, *suffix, or * for whatever is present.",
+        ),
+        "notValues" => list(plain(MAX_CHARS), 1, MAX_VALUES, "None of these."),
+        _ => named.clone(),
+    });
+    with(schema, json!({"required": [by], "minProperties": 2}))
+}
+
+fn plain(most: usize) -> Value {
+    json!({"type": "string", "minLength": 1, "maxLength": most})
+}
+
+fn path() -> Value {
+    text(r"^[/*][^?#]*$".into(), MAX_CHARS)
 }
 
 fn text(pattern: String, most: usize) -> Value {
