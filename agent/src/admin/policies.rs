@@ -17,6 +17,7 @@ use crate::{
     },
     policy::{
         builtin,
+        end_user::RequestAuthentication,
         explain::PolicyStep,
         istio::{Mtls, PeerAuthentication},
         model::{Accepted, Action, Policy, PolicyName, Rule, Selector},
@@ -38,6 +39,8 @@ pub fn list(inputs: &StatusInputs, hits: &HashMap<PolicyName, u64>) -> admin::Li
     policies.extend(
         world.peer_authentications.iter().map(|p| peer_authentication(state, p, hits(&p.name))),
     );
+    let tokens = &world.policies.request_authentications;
+    policies.extend(tokens.iter().map(|p| request_authentication(state, p, hits(&p.name))));
     policies.extend(
         Builtin::ALL.map(|which| builtin(state, which, hits(&builtin::name(which.as_str())))),
     );
@@ -184,6 +187,31 @@ fn peer_authentication(
         selects: selects(&selector),
         pods: count(pods),
         conditions,
+        ..named(&object.name, hits)
+    }
+}
+
+fn request_authentication(
+    state: &NodeState,
+    object: &RequestAuthentication,
+    hits: u64,
+) -> admin::PolicyInForce {
+    let selected = || {
+        let about = |e: &&Arc<EndpointState>| {
+            e.request_authentications.iter().any(|own| own.name == object.name)
+        };
+        state.endpoints.values().filter(about)
+    };
+    let nothing = object.ignored || object.rules.is_empty();
+    admin::PolicyInForce {
+        action: "JWT".into(),
+        directions: if nothing { Vec::new() } else { vec!["ingress".into()] },
+        selects: selects(&object.selector),
+        pods: count(selected().count()),
+        conditions: vec![
+            accepted(Accepted::of(&object.remarks, object.ignored)),
+            enforced(state, selected()),
+        ],
         ..named(&object.name, hits)
     }
 }

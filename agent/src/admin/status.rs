@@ -162,8 +162,11 @@ fn policies(inputs: &StatusInputs) -> admin::Policies {
     let Some(state) = &inputs.state else { return admin::Policies::default() };
     let world = &state.world;
     let policies = world.policies.policies.iter().map(|p| &p.remarks);
-    let all: Vec<_> =
-        policies.chain(world.peer_authentications.iter().map(|p| &p.remarks)).collect();
+    let tokens = world.policies.request_authentications.iter().map(|p| &p.remarks);
+    let all: Vec<_> = policies
+        .chain(world.peer_authentications.iter().map(|p| &p.remarks))
+        .chain(tokens)
+        .collect();
     admin::Policies {
         in_force: count(all.len()),
         with_problems: count(all.iter().filter(|r| r.iter().any(|r| r.is_fault)).count()),
@@ -245,7 +248,9 @@ fn problems(inputs: &StatusInputs, programs: &admin::Programs) -> Vec<admin::Pro
         let policies = state.world.policies.policies.iter().map(|p| (&p.name, &p.remarks));
         let authentications =
             state.world.peer_authentications.iter().map(|p| (&p.name, &p.remarks));
-        for (name, remarks) in policies.chain(authentications) {
+        let tokens =
+            state.world.policies.request_authentications.iter().map(|p| (&p.name, &p.remarks));
+        for (name, remarks) in policies.chain(authentications).chain(tokens) {
             for remark in remarks.iter().filter(|remark| remark.is_fault) {
                 add(format!("policy {name}"), "unsupported", remark.to_string());
             }

@@ -18,6 +18,7 @@ use super::{
 };
 use crate::{
     policy::{
+        end_user::RequestAuthentication,
         istio::PeerAuthentication,
         model::{Policy, PolicySet, Rule, Target},
     },
@@ -38,6 +39,8 @@ pub struct Surroundings {
     pub policies: Vec<Arc<Policy>>,
     /// Every PeerAuthentication that was read.
     pub peer_authentications: Vec<Arc<PeerAuthentication>>,
+    /// Every RequestAuthentication that was read.
+    pub request_authentications: Vec<Arc<RequestAuthentication>>,
     /// The namespace whose Istio objects are the mesh's.
     pub root_namespace: Arc<str>,
     /// What overrides modes and policies.
@@ -105,6 +108,8 @@ impl Assembler {
         let mut policies: Vec<_> =
             around.policies.into_iter().map(|policy| with_targets(policy, &services)).collect();
         policies.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut request_authentications = around.request_authentications;
+        request_authentications.sort_by(|a, b| a.name.cmp(&b.name));
         let mut network_policies = objects.network_policies.clone();
         network_policies.sort_by(|a, b| a.name.cmp(&b.name));
         problems.sort_by(|a, b| (&a.subject, &a.message).cmp(&(&b.subject, &b.message)));
@@ -132,11 +137,7 @@ impl Assembler {
                 .iter()
                 .filter_map(|node| Some((node.name.clone(), node.zone.clone()?)))
                 .collect(),
-            policies: Arc::new(PolicySet {
-                policies,
-                carried,
-                request_authentications: Vec::new(),
-            }),
+            policies: Arc::new(PolicySet { policies, carried, request_authentications }),
             peer_authentications,
             network_policies,
             called: Arc::new(by_service(objects.called.iter().map(AsRef::as_ref))),

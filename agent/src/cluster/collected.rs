@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use super::{enrolment::Announcement, manifest::Object, model::PodUid, objects::Objects};
-use crate::policy::{istio::PeerAuthentication, model::Policy};
+use crate::policy::{end_user::RequestAuthentication, istio::PeerAuthentication, model::Policy};
 
 /// Objects of all files, or of all watches.
 #[derive(Debug, Default)]
@@ -11,6 +11,7 @@ pub(super) struct Collected {
     pub(super) objects: Objects,
     pub(super) policies: Vec<Arc<Policy>>,
     pub(super) peer_authentications: Vec<Arc<PeerAuthentication>>,
+    pub(super) request_authentications: Vec<Arc<RequestAuthentication>>,
 }
 
 impl Collected {
@@ -28,6 +29,7 @@ impl Collected {
             Object::Called(o) => objects.called.push(o.clone()),
             Object::Policy(o) => self.policies.push(o.clone()),
             Object::PeerAuthentication(o) => self.peer_authentications.push(o.clone()),
+            Object::RequestAuthentication(o) => self.request_authentications.push(o.clone()),
         }
     }
 

@@ -413,6 +413,7 @@ impl Directory {
             federation: self.federation.values().find_map(|f| f.good.clone()).unwrap_or_default(),
             policies: collected.policies,
             peer_authentications: collected.peer_authentications,
+            request_authentications: collected.request_authentications,
             root_namespace: self.params.root_namespace.clone(),
             enforcement: match self.enforcement.values().next().map(|file| file.good) {
                 None => Override::Absent,

@@ -25,6 +25,7 @@ use crate::{
         yaml::{self, Fault, Node},
     },
     policy::{
+        end_user::RequestAuthentication,
         istio::{self, PeerAuthentication},
         model::Policy,
         native,
@@ -59,6 +60,8 @@ pub enum Object {
     Policy(Arc<Policy>),
     /// Istio's word on plaintext.
     PeerAuthentication(Arc<PeerAuthentication>),
+    /// Istio's word on end users' tokens.
+    RequestAuthentication(Arc<RequestAuthentication>),
 }
 
 impl Object {
@@ -87,6 +90,9 @@ impl Object {
             Self::Called(o) => (&o.kind, empty(), o.name.clone()),
             Self::Policy(o) => (&o.name.kind, o.name.namespace.clone(), o.name.name.clone()),
             Self::PeerAuthentication(o) => {
+                (&o.name.kind, o.name.namespace.clone(), o.name.name.clone())
+            }
+            Self::RequestAuthentication(o) => {
                 (&o.name.kind, o.name.namespace.clone(), o.name.name.clone())
             }
         }
@@ -270,6 +276,10 @@ fn read_object(
         (version, istio::PEER_AUTHENTICATION) if version.starts_with(istio::GROUP) => {
             let object = istio::read_peer_authentication(document, root)?;
             Object::PeerAuthentication(Arc::new(object))
+        }
+        (version, istio::REQUEST_AUTHENTICATION) if version.starts_with(istio::GROUP) => {
+            let object = istio::read_request_authentication(document, root)?;
+            Object::RequestAuthentication(Arc::new(object))
         }
         (version, _) if version.starts_with("signet.dev/") => {
             Object::Policy(Arc::new(native::read(document)?))

@@ -77,6 +77,7 @@ impl Manifests {
             federation,
             policies: collected.policies,
             peer_authentications: collected.peer_authentications,
+            request_authentications: collected.request_authentications,
             root_namespace: params.root_namespace.clone(),
             enforcement: Override::Absent,
             announced: HashMap::new(),

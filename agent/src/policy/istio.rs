@@ -1,8 +1,8 @@
-//! Istio's `security.istio.io/v1` and `v1beta1` objects, as far as they can be enforced
-//! without layer 7 → the model.
+//! Istio's `security.istio.io/v1` and `v1beta1` objects → the model.
 //!
-//! Semantics: Istio's API documentation of AuthorizationPolicy and PeerAuthentication, and
-//! what ztunnel makes of them, with one difference throughout: what cannot be evaluated
+//! Semantics: Istio's API documentation of AuthorizationPolicy, PeerAuthentication and
+//! RequestAuthentication, what ztunnel makes of flows and Envoy of requests, with one
+//! difference throughout: what cannot be evaluated
 //! never widens access. Every such place becomes a [`Remark`] of the object.
 //!
 //! Two kinds of trouble are told apart. What is no such object (an unknown field, a list
@@ -11,6 +11,7 @@
 
 mod authorization;
 mod peer_authentication;
+mod request_authentication;
 mod resolve;
 mod values;
 
@@ -25,6 +26,7 @@ use crate::config::yaml::{Fault, Node, shorten};
 pub use self::{
     authorization::read as read_authorization,
     peer_authentication::{Mtls, PeerAuthentication, read as read_peer_authentication},
+    request_authentication::read as read_request_authentication,
     resolve::{Applied, Demand, Demands, apply, resolve},
 };
 
@@ -32,12 +34,14 @@ pub use self::{
 pub const AUTHORIZATION_POLICY: &str = "AuthorizationPolicy";
 /// The kind that says whether plaintext is taken.
 pub const PEER_AUTHENTICATION: &str = "PeerAuthentication";
+/// The kind that names the issuers of end users' tokens.
+pub const REQUEST_AUTHENTICATION: &str = "RequestAuthentication";
 /// The default of the configuration's `rootNamespace`.
 pub const ROOT_NAMESPACE: &str = "istio-system";
 
 /// Versions that are read alike.
 const API_VERSIONS: [&str; 2] = ["security.istio.io/v1", "security.istio.io/v1beta1"];
-/// The group of both kinds.
+/// The group of these kinds.
 pub const GROUP: &str = "security.istio.io/";
 
 /// Labels of a selector.

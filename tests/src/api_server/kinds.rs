@@ -113,6 +113,14 @@ pub(super) const KINDS: &[Kind] = &[
     custom(SIGNET, &["v1alpha1"], "nodeenrolments", "NodeEnrolment", false, false),
     custom(ISTIO, &["v1", "v1beta1"], "authorizationpolicies", "AuthorizationPolicy", true, true),
     custom(ISTIO, &["v1", "v1beta1"], "peerauthentications", "PeerAuthentication", true, true),
+    custom(
+        ISTIO,
+        &["v1", "v1beta1"],
+        "requestauthentications",
+        "RequestAuthentication",
+        true,
+        true,
+    ),
 ];
 
 impl Kind {

@@ -26,7 +26,13 @@ const POD: &str = "signet-agent-1";
 fn shipped() -> Result<Arc<ApiServer>> {
     let api = ApiServer::start()?;
     api.ship(&["crds", "agent"])?;
-    for plural in ["servicecidrs", "ippools", "authorizationpolicies", "peerauthentications"] {
+    for plural in [
+        "servicecidrs",
+        "ippools",
+        "authorizationpolicies",
+        "peerauthentications",
+        "requestauthentications",
+    ] {
         api.install(plural)?;
     }
     api.apply(json!({"kind": "Node", "metadata": {"name": "node-1"}}))?;

@@ -118,6 +118,7 @@ pub(super) fn validate(path: &Path, text: &str, root: &str, found: &mut Vec<Foun
             let (name, remarks): (_, &[Remark]) = match object {
                 Object::Policy(policy) => (&policy.name, &policy.remarks),
                 Object::PeerAuthentication(object) => (&object.name, &object.remarks),
+                Object::RequestAuthentication(object) => (&object.name, &object.remarks),
                 _ => continue,
             };
             policies += 1;
@@ -141,7 +142,7 @@ kind: AuthorizationPolicy
 metadata: {name: a, namespace: shop}
 spec:
   rules:
-  - to: [{operation: {methods: [GET]}}]
+  - to: [{operation: {paths: [\"/a/{*}b\"]}}]
   - from: [{source: {principals: [spiffe://a/b]}}]
 ---
 apiVersion: signet.dev/v1alpha1
@@ -162,8 +163,15 @@ metadata: {name: c, namespace: shop}
                 (
                     6,
                     true,
-                    "AuthorizationPolicy/shop/a: spec.rules[0].to[0].operation.methods: needs layer \
-                     7: its rule lets nobody in"
+                    "AuthorizationPolicy/shop/a: spec.rules[0].to[0].operation.paths[0]: \
+                     \"/a/{*}b\" is not a path template: {*} and {**} stand for whole segments, \
+                     between two slashes"
+                ),
+                (
+                    6,
+                    true,
+                    "AuthorizationPolicy/shop/a: spec.rules[0].to[0].operation.paths: cannot be \
+                     evaluated: its rule lets nobody in"
                 ),
                 (
                     7,

@@ -9,6 +9,7 @@ fn around() -> Surroundings {
         ranges: Ranges::default(),
         federation: Arc::default(),
         policies: vec![],
+        request_authentications: Vec::new(),
         peer_authentications: vec![],
         root_namespace: "istio-system".into(),
         enforcement: Override::Absent,

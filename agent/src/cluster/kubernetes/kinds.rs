@@ -129,6 +129,7 @@ pub(super) fn all(node: &str, namespace: &str) -> Vec<Kind> {
         of(ISTIO, "AuthorizationPolicy", "authorizationpolicies", Enforcing),
         // Modes follow from them.
         of(ISTIO, "PeerAuthentication", "peerauthentications", Everything),
+        of(ISTIO, "RequestAuthentication", "requestauthentications", Enforcing),
         // Exempt ports follow from them.
         called(ADMISSION, "ValidatingWebhookConfiguration", "validatingwebhookconfigurations"),
         called(ADMISSION, "MutatingWebhookConfiguration", "mutatingwebhookconfigurations"),

@@ -118,6 +118,7 @@ impl Publisher {
             announced: claims(board.iter(), &collected.objects),
             policies: collected.policies,
             peer_authentications: collected.peer_authentications,
+            request_authentications: collected.request_authentications,
             root_namespace: common.root_namespace.clone(),
             enforcement,
             problems,

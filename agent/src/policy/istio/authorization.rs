@@ -169,8 +169,7 @@ impl Authorization {
             _ if policy.ingress.iter().any(Rule::asks_requests) => {
                 self.reader.note(
                     spec,
-                    "it asks about HTTP requests: each one to the pods that it selects is judged; \
-                     what is not HTTP there fails closed",
+                    "it asks about HTTP requests; what is none, or none that is seen, fails closed",
                 );
             }
             _ => {}
@@ -532,7 +531,7 @@ fn request_key(key: &str) -> Result<RequestKey, &'static str> {
 }
 
 /// `Service shop/db, Gateway shop/front`.
-fn shown_targets(node: &Node) -> String {
+pub(super) fn shown_targets(node: &Node) -> String {
     let one = |node: &Node| {
         let text = |field: &str| node.get(field).and_then(|n| n.text().ok()).unwrap_or("?");
         format!("{} {}", shorten(text("kind")), shorten(text("name")))

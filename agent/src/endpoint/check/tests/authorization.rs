@@ -322,9 +322,9 @@ fn conditions_of_layer_4() {
     ]);
 }
 
-/// Layer 7 in each place, in ALLOW and DENY.
+/// What asks about requests, in each place, in ALLOW and DENY, where no request is seen.
 #[test]
-fn layer_7_never_widens() {
+fn a_request_that_nobody_sees_never_widens() {
     let l4 = "from: [{source: {namespaces: [shop]}}]";
     let places = [
         ("from: [{source: {namespaces: [shop], requestPrincipals: ['*']}}]", "UAAA"),
@@ -333,7 +333,6 @@ fn layer_7_never_widens() {
         ("from: [{source: {namespaces: [shop], notRemoteIpBlocks: [10.0.0.0/8]}}]", "UAAA"),
         // Alone they count as matching everybody.
         ("from: [{source: {requestPrincipals: ['*']}}]", "UUUU"),
-        ("from: [{source: {requestPrincipals: ['*']}}, {source: {namespaces: [shop]}}]", "UUUU"),
         ("to: [{operation: {methods: [GET]}}]", "UUUU"),
         ("to: [{operation: {notMethods: [GET]}}]", "UUUU"),
         ("to: [{operation: {paths: [/x]}}]", "UUUU"),
@@ -346,7 +345,8 @@ fn layer_7_never_widens() {
         ("when: [{key: 'request.auth.claims[x]', notValues: [y]}]", "UUUU"),
         ("when: [{key: connection.sni, values: [y]}]", "UUUU"),
         (
-            "when: [{key: source.ip, values: [10.0.0.2]}, {key: request.method, values: [y]}]",
+            "when: [{key: source.ip, values: [10.0.0.2]}, {key: 'request.headers[x]', values: \
+             [y]}]",
             "UAAA",
         ),
     ];
@@ -355,16 +355,35 @@ fn layer_7_never_widens() {
         let allow = format!("{{rules: [{{{rule}}}]}}");
         rows(&[
             (&[&deny], denied),
-            (&[&allow], "UUUU"),
+            (&[&allow], "NNNN"),
             // Another rule of the same policy holds as it is.
             (&[&format!("{{rules: [{{{rule}}}, {{{l4}}}]}}")], "ANNN"),
             (&[&allow, &format!("{{rules: [{{{l4}}}]}}")], "ANNN"),
         ]);
         for spec in [&deny, &allow] {
-            let said = remarks(&world(&policies(&[spec])));
-            assert!(!said.is_empty() && said[0].contains("needs layer 7"), "{spec}: {said:?}");
+            let world = world(&policies(&[spec]));
+            assert!(remarks(&world).is_empty(), "{spec}");
+            let said: Vec<String> =
+                world.policies.policies[0].remarks.iter().map(ToString::to_string).collect();
+            let asks = said.iter().any(|said| said.contains("it asks about HTTP requests"));
+            assert!(asks, "{spec}: {said:?}");
         }
     }
+    // One of the namespace is judged whatever it requests.
+    let either = "from: [{source: {requestPrincipals: ['*']}}, {source: {namespaces: [shop]}}]";
+    rows(&[
+        (&[&format!("{{action: DENY, rules: [{{{either}}}]}}")], "DUUU"),
+        (&[&format!("{{rules: [{{{either}}}]}}")], "ANNN"),
+    ]);
+    // What cannot be evaluated whatever is requested is told apart.
+    let unknown =
+        "when: [{key: source.ip, values: [10.0.0.2]}, {key: request.method, values: [y]}]";
+    rows(&[
+        (&[&format!("{{action: DENY, rules: [{{{unknown}}}]}}")], "UAAA"),
+        (&[&format!("{{rules: [{{{unknown}}}]}}")], "UUUU"),
+    ]);
+    let said = remarks(&world(&policies(&[&format!("{{rules: [{{{unknown}}}]}}")])));
+    assert!(said[0].contains("\"request.method\" is not a key"), "{said:?}");
     // A DENY that is understood is told as such though another counts as matching.
     let deny = "{action: DENY, rules: [{to: [{operation: {methods: [GET]}}]}]}";
     let plain = "{action: DENY, rules: [{from: [{source: {namespaces: [shop]}}]}]}";
