@@ -29,6 +29,7 @@ pub fn generate() -> anyhow::Result<()> {
     std::fs::write(&descriptors, compiler.encode_file_descriptor_set())
         .with_context(|| format!("writing {}", descriptors.display()))?;
     tonic_prost_build::configure()
+        .codec_path("crate::proto::StrictCodec")
         .compile_fds(compiler.file_descriptor_set())
         .context("generating code from proto files")
 }

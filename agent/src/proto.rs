@@ -1,7 +1,14 @@
 //! Messages and services generated from `proto/`: what the agent and the command line say
 //! to each other, and how times are written in it.
 
+mod strict;
+
 use jiff::Timestamp;
+
+pub use self::strict::{StrictCodec, StrictError, check as check_flows_request};
+
+/// What the messages of this build are made of: a `FileDescriptorSet`.
+pub static DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.binpb"));
 
 /// A time on the wire.
 pub fn timestamp(t: Timestamp) -> prost_types::Timestamp {

@@ -181,6 +181,7 @@ fn request(args: &FlowsArgs, terms: &[Term]) -> Result<GetFlowsRequest, Failure>
         until: args.until.map(proto::timestamp),
         first: false,
         field_mask: None,
+        experimental: None,
         extensions: Some(prost_types::Any {
             type_url: OPTIONS_TYPE.into(),
             value: detail::Options { ends: args.ends }.encode_to_vec(),

@@ -4,10 +4,7 @@
 use prost::Message;
 use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, SerializeOptions};
 
-use crate::proto::observer::GetFlowsResponse;
-
-/// What the messages of this build are made of.
-static DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.binpb"));
+use crate::proto::{DESCRIPTORS, observer::GetFlowsResponse};
 
 /// Why there is no JSON form.
 #[derive(Debug, thiserror::Error)]

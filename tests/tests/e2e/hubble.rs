@@ -15,7 +15,7 @@ use signet_lab::{
             self, Flow, FlowFilter, IpVersion, TrafficDirection, Verdict, flow_filter::Experimental,
         },
         observer::{
-            GetFlowsRequest, GetNamespacesRequest, ServerStatusRequest,
+            GetFlowsRequest, GetNamespacesRequest, ServerStatusRequest, get_flows_request,
             get_flows_response::ResponseTypes,
         },
         peer::NotifyRequest,
@@ -277,6 +277,23 @@ async fn every_filter(hubble: &Hubble, all: &[Flow], sample: &Flow, family: Fami
             );
         }
     }
+    // What a later version may have, which an older one knows by its number alone.
+    let later = filter!(of_a_later_version: text("x"));
+    let later_request =
+        GetFlowsRequest { of_a_later_version: "x".into(), ..GetFlowsRequest::default() };
+    for (request, what) in [
+        (wanting(vec![later.clone()], vec![]), "filter"),
+        (wanting(vec![], vec![later]), "filter"),
+        (later_request, "request"),
+    ] {
+        let status = hubble.flows(request).await.err();
+        let status = status.with_context(|| format!("a later {what} field was ignored"))?;
+        let said = format!("{what} field 99999 is not known to Signet, which would ignore it");
+        ensure!(
+            status.code() == Code::InvalidArgument && status.message() == said,
+            "{what}: {status:?}"
+        );
+    }
     Ok(())
 }
 
@@ -325,6 +342,16 @@ async fn limits(hubble: &Hubble, all: &[Flow]) -> Result<()> {
         number: 1,
         first: true,
         field_mask: Some(FieldMask { paths }),
+        ..Default::default()
+    });
+    let masked = masked.await?.pop().context("a flow")?;
+    ensure!(masked == all[0], "{masked:?}");
+    // Older clients have it elsewhere.
+    let field_mask = Some(FieldMask { paths: vec!["verdict".into()] });
+    let masked = of(GetFlowsRequest {
+        number: 1,
+        first: true,
+        experimental: Some(get_flows_request::Experimental { field_mask }),
         ..Default::default()
     });
     let masked = masked.await?.pop().context("a flow")?;
