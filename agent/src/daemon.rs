@@ -346,7 +346,8 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
         losses,
         any_errno,
     ));
-    let admin = Admin::new(Arc::new(move || picture.take()), log, edges.clone(), surveys);
+    let admin = Admin::new(Arc::new(move || picture.take()), log, edges.clone(), surveys)
+        .with_logs(levels.recent().clone());
     let routes = hubble_routes.add_service(admin.into_service());
     let viewers = Viewers::of(&config, routes.clone(), viewer_problem);
     // It answers until the process ends, whoever serves the node.

@@ -37,11 +37,13 @@ use crate::{
         CheckPolicyRequest, CheckPolicyResponse, CheckRolloutRequest, CheckRolloutResponse,
         DiffPoliciesRequest, DiffPoliciesResponse, EndpointsRequest, EndpointsResponse,
         ListEdgesRequest, ListEdgesResponse, ListIdentitiesRequest, ListIdentitiesResponse,
-        ListPoliciesRequest, ListPoliciesResponse, ListServicesRequest, ListServicesResponse,
-        ListSvidsRequest, ListSvidsResponse, ProbeRequest, ProbeResponse, StatusRequest,
-        StatusResponse, TranslateNetworkPoliciesRequest, TranslateNetworkPoliciesResponse,
+        ListLogsRequest, ListLogsResponse, ListPoliciesRequest, ListPoliciesResponse,
+        ListServicesRequest, ListServicesResponse, ListSvidsRequest, ListSvidsResponse,
+        ProbeRequest, ProbeResponse, StatusRequest, StatusResponse,
+        TranslateNetworkPoliciesRequest, TranslateNetworkPoliciesResponse,
         admin_server::{self, AdminServer},
     },
+    telemetry::recent::Recent,
 };
 
 /// Gives the picture of the moment; it may read kernel maps and is called off the runtime.
@@ -54,6 +56,7 @@ pub struct Admin {
     log: FlowLog,
     edges: Edges,
     surveys: mpsc::Sender<Survey>,
+    logs: Recent,
 }
 
 impl Admin {
@@ -65,7 +68,12 @@ impl Admin {
         edges: Edges,
         surveys: mpsc::Sender<Survey>,
     ) -> Self {
-        Self { provider, log, edges, surveys }
+        Self { provider, log, edges, surveys, logs: Recent::default() }
+    }
+
+    /// The same, which tells the last lines of this log.
+    pub fn with_logs(self, logs: Recent) -> Self {
+        Self { logs, ..self }
     }
 
     /// The service, ready to be routed.
@@ -106,6 +114,7 @@ fn in_parts<T: Send + 'static>(parts: Vec<T>) -> Response<Parts<T>> {
 impl admin_server::Admin for Admin {
     type ListEdgesStream = Parts<ListEdgesResponse>;
     type ListIdentitiesStream = Parts<ListIdentitiesResponse>;
+    type ListLogsStream = Parts<ListLogsResponse>;
     type ListServicesStream = Parts<ListServicesResponse>;
 
     async fn list_edges(
@@ -123,6 +132,22 @@ impl admin_server::Admin for Admin {
     ) -> Result<Response<Self::ListIdentitiesStream>, Status> {
         let inputs = self.inputs().await?;
         Ok(in_parts(identities::assemble(&inputs, Timestamp::now())))
+    }
+
+    async fn list_logs(
+        &self,
+        _: Request<ListLogsRequest>,
+    ) -> Result<Response<Self::ListLogsStream>, Status> {
+        // Each is at most 8 KiB long, and a message 4 MiB.
+        const LINES_IN_PART: usize = 256;
+        let node = self.inputs().await?.node;
+        let (gone, lines) = self.logs.lines();
+        let parts = parted(&lines, LINES_IN_PART).map(|lines| ListLogsResponse {
+            node: node.to_string(),
+            lines: lines.to_vec(),
+            gone,
+        });
+        Ok(in_parts(parts.collect()))
     }
 
     async fn list_services(

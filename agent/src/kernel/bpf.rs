@@ -13,6 +13,8 @@ use std::{
 
 /// Commands of `enum bpf_cmd`.
 mod cmd {
+    pub(super) const MAP_LOOKUP_ELEM: libc::c_long = 1;
+    pub(super) const MAP_GET_NEXT_KEY: libc::c_long = 4;
     pub(super) const PROG_LOAD: libc::c_long = 5;
     pub(super) const OBJ_PIN: libc::c_long = 6;
     pub(super) const OBJ_GET: libc::c_long = 7;
@@ -98,6 +100,66 @@ pub(super) fn object_pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let mut attr = Object { path: path.as_ptr() as u64, fd: raw(fd), flags: 0 };
     // SAFETY: the path is NUL-terminated and outlives the call.
     unsafe { bpf(cmd::OBJ_PIN, &mut attr) }.map(drop)
+}
+
+/// The part of `union bpf_attr` that is about one element of a map.
+#[repr(C)]
+struct Element {
+    map: u32,
+    pad: u32,
+    key: u64,
+    /// The value, or the next key.
+    value: u64,
+    flags: u64,
+}
+
+/// The key that follows `key` in a map, the first one without; `None` behind the last one.
+///
+/// # Errors
+/// The kernel's; `key`, if any, and keys of this map are `size` bytes long.
+pub(super) fn next_key(
+    map: BorrowedFd<'_>,
+    key: Option<&[u8]>,
+    size: usize,
+) -> io::Result<Option<Vec<u8>>> {
+    if key.is_some_and(|key| key.len() != size) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut next = vec![0u8; size];
+    let mut attr = Element {
+        map: raw(map),
+        pad: 0,
+        key: key.map_or(0, |key| key.as_ptr() as u64),
+        value: next.as_mut_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: the kernel reads and writes as many bytes as the map's keys have, which the caller
+    // gives as `size`; both buffers outlive the call.
+    match unsafe { bpf(cmd::MAP_GET_NEXT_KEY, &mut attr) } {
+        Ok(_) => Ok(Some(next)),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The value of a key; `None` where there is none. `size` is what the kernel writes: the map's
+/// value size, in maps of one value a CPU rounded up to 8 bytes and for each possible CPU.
+pub(super) fn lookup(map: BorrowedFd<'_>, key: &[u8], size: usize) -> io::Result<Option<Vec<u8>>> {
+    let mut value = vec![0u8; size];
+    let mut attr = Element {
+        map: raw(map),
+        pad: 0,
+        key: key.as_ptr() as u64,
+        value: value.as_mut_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: the key is one of this map's, so it is as long as the kernel reads; the value's
+    // buffer is as long as the kernel writes, by the caller's promise. Both outlive the call.
+    match unsafe { bpf(cmd::MAP_LOOKUP_ELEM, &mut attr) } {
+        Ok(_) => Ok(Some(value)),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Attaches a program to a cgroup or a network namespace by a link.

@@ -4,6 +4,7 @@ mod bpf;
 mod bpffs;
 pub mod cgroup;
 pub mod clock;
+pub mod contents;
 pub mod destroy;
 mod error;
 pub mod events;

@@ -11,6 +11,7 @@ use signet_ebpf::abi::{Config, Mode, PodEntry, PodName};
 
 use super::{
     KernelError, bpf,
+    contents::{self, Contents},
     maps::Table,
     pins::{self, directories, remove_tree},
     programs::detach_all_filters,
@@ -101,6 +102,18 @@ impl Pinned {
                 let name = names.get(&netns).and_then(PodName::as_str).map(str::to_owned);
                 all.push((netns, name, entry));
             }
+        }
+        Ok(all)
+    }
+
+    /// Every map that is pinned, of every version, with at most so many of its rows.
+    ///
+    /// # Errors
+    /// Where a directory cannot be read, or a map cannot be opened.
+    pub fn contents(&self, most: usize) -> Result<Vec<Contents>, KernelError> {
+        let mut all = Vec::new();
+        for version in &self.versions {
+            contents::of_directory(version, most, &mut all)?;
         }
         Ok(all)
     }

@@ -2,9 +2,20 @@
 
 use std::io::IsTerminal;
 
+use tracing::Subscriber;
 use tracing_subscriber::{
-    EnvFilter, Registry, filter::LevelFilter, layer::SubscriberExt, reload, util::SubscriberInitExt,
+    EnvFilter, Layer, Registry,
+    filter::{LevelFilter, filter_fn},
+    layer::SubscriberExt,
+    registry::LookupSpan,
+    reload,
+    util::SubscriberInitExt,
 };
+
+use super::recent::Recent;
+
+/// The target of lines that tell of flows: those are kept as records, with reasons and filters.
+const ACCESS: &str = "access";
 
 /// How log lines look.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -35,16 +46,35 @@ pub enum LogError {
     Already(String),
 }
 
-/// Changes the levels of the log that [`init`] has set up.
+/// Changes the levels of the log that [`init`] has set up, and has its last lines.
 #[derive(Clone, Debug)]
-pub struct Levels(reload::Handle<EnvFilter, Registry>);
+pub struct Levels {
+    handle: reload::Handle<EnvFilter, Registry>,
+    recent: Recent,
+}
 
 impl Levels {
     /// Takes other levels; what is none changes nothing.
     pub fn set(&self, level: &str) -> Result<(), LogError> {
         let filter = filter(level)?;
-        self.0.reload(filter).map_err(|e| LogError::Already(e.to_string()))
+        self.handle.reload(filter).map_err(|e| LogError::Already(e.to_string()))
     }
+
+    /// The last lines.
+    pub fn recent(&self) -> &Recent {
+        &self.recent
+    }
+}
+
+/// Writes the last lines into `recent`, those about flows left out.
+pub(super) fn recent_layer<S>(recent: &Recent) -> impl Layer<S> + use<S>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+{
+    tracing_subscriber::fmt::layer()
+        .with_ansi(false)
+        .with_writer(recent.clone())
+        .with_filter(filter_fn(|metadata| metadata.target() != ACCESS))
 }
 
 /// Sends the process's log to stderr; `level` is a level or `target=level,…`.
@@ -53,13 +83,14 @@ pub fn init(level: &str, format: Format) -> Result<Levels, LogError> {
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());
-    let registry = tracing_subscriber::registry().with(filter);
+    let recent = Recent::default();
+    let registry = tracing_subscriber::registry().with(filter).with(recent_layer(&recent));
     let done = match format {
         Format::Text => registry.with(lines).try_init(),
         Format::Json => registry.with(lines.json().flatten_event(true)).try_init(),
     };
     done.map_err(|e| LogError::Already(e.to_string()))?;
-    Ok(Levels(handle))
+    Ok(Levels { handle, recent })
 }
 
 fn filter(level: &str) -> Result<EnvFilter, LogError> {

@@ -4,3 +4,5 @@ pub mod logging;
 pub mod metrics;
 pub mod names;
 pub mod reason;
+pub mod recent;
+pub mod scrub;

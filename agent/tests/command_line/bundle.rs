@@ -124,6 +124,9 @@ async fn it_holds_what_helps_and_no_secret() {
     );
     fs::write(&config, &text).unwrap();
     let (metrics, bpffs) = (metrics_page(), path("bpf"));
+    // Of an instance that has pinned nothing.
+    fs::create_dir_all(path("bpf/default")).unwrap();
+    node.log("the authority refused the request", TOKEN);
     let variables = [
         ("SIGNET_METRICS_LISTEN", &*metrics),
         ("SIGNET_READY_LISTEN", "127.0.0.1:0"),
@@ -141,11 +144,13 @@ async fn it_holds_what_helps_and_no_secret() {
         [
             "check.txt",
             "config.txt",
+            "maps.ndjson",
             "metrics.txt",
             "nodes/node-1/edges.ndjson",
             "nodes/node-1/endpoints.json",
             "nodes/node-1/flows.ndjson",
             "nodes/node-1/identities.json",
+            "nodes/node-1/log.txt",
             "nodes/node-1/policies.json",
             "nodes/node-1/services.json",
             "nodes/node-1/status.json",
@@ -165,6 +170,8 @@ async fn it_holds_what_helps_and_no_secret() {
         ("nodes/node-1/flows.ndjson", "\"event\":\"end\""),
         ("nodes/node-1/flows.ndjson", "policy_no_match"),
         ("nodes/node-1/identities.json", "signet.dev/identities/v1"),
+        ("nodes/node-1/log.txt", "0 lines before these are not kept\n"),
+        ("nodes/node-1/log.txt", "WARN the authority refused the request, token [redacted]\n"),
         ("nodes/node-1/policies.json", "signet.dev/policies/v1"),
         ("nodes/node-1/services.json", "signet.dev/services/v1"),
         ("nodes/node-1/status.json", "signet.dev/status/v1"),
@@ -216,8 +223,10 @@ async fn what_cannot_be_had_is_named() {
     let parts = unpacked(&output.stdout);
     let problems = &parts["problems.txt"];
     assert!(problems.starts_with("metrics.txt: http://127.0.0.1:"), "{problems}");
-    assert_eq!(problems.lines().count(), 1, "{problems}");
-    assert_eq!(stderr(&output), format!("warning: {problems}"));
+    assert!(problems.contains("\nmaps.ndjson: nothing is pinned at "), "{problems}");
+    assert_eq!(problems.lines().count(), 2, "{problems}");
+    let warned: String = problems.lines().map(|line| format!("warning: {line}\n")).collect();
+    assert_eq!(stderr(&output), warned);
     assert!(parts.contains_key("nodes/node-1/status.json") && !parts.contains_key("metrics.txt"));
 
     // One of two agents.
@@ -239,7 +248,7 @@ async fn what_cannot_be_had_is_named() {
     let parts = unpacked(&fs::read(dir.path().join(&name)).unwrap());
     assert_eq!(parts.keys().collect::<Vec<_>>(), ["problems.txt", "versions.json"]);
     let problems = &parts["problems.txt"];
-    for part in ["nodes: ", "config.txt: ", "check.txt: ", "metrics.txt: "] {
+    for part in ["nodes: ", "config.txt: ", "check.txt: ", "metrics.txt: ", "maps.ndjson: "] {
         assert!(problems.lines().any(|line| line.starts_with(part)), "{part} in {problems}");
     }
     // A token that was pasted where its path belongs is not in the complaint about it.

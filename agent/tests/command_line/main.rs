@@ -9,7 +9,7 @@ mod ui;
 
 use std::{
     collections::HashMap,
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Write as _},
     net::{IpAddr, SocketAddr},
     os::unix::fs::PermissionsExt,
     path::Path,
@@ -29,7 +29,10 @@ use signet::{
         model::{ModeOrigin, ObjectName, Pod, Problem, Synced, World},
         source::{WatchFacts, WatchState},
     },
-    endpoint::state::{EndpointKey, EndpointState, NodeState, Waiting},
+    endpoint::{
+        reconcile::Survey,
+        state::{EndpointKey, EndpointState, NodeState, Waiting},
+    },
     flow::{
         self, FlowEvent, FlowRecord, KnownBy, Limits, LostCause, Party, Recorder, Reporter, Via,
     },
@@ -37,16 +40,19 @@ use signet::{
     policy::model::PolicyName,
     socket_file::SocketError,
     spiffe::{SpiffeId, TrustDomain},
+    telemetry::recent::Recent,
 };
 use signet_ebpf::abi::{Direction, DropKey, Ip, Mode, Reason, Verdict};
 use tempfile::TempDir;
 use tonic::service::Routes;
+use tracing_subscriber::fmt::MakeWriter as _;
 use uuid::Uuid;
 
 /// An agent's two services over made-up inputs.
 struct Node {
     dir: TempDir,
     recorder: Recorder,
+    logs: Recent,
 }
 
 impl Node {
@@ -62,18 +68,28 @@ impl Node {
         tokio::spawn(collector.run());
         let log = recorder.log();
         let observer = Observer::new(log.clone(), inputs.node.clone(), "cluster.local".into());
-        let admin = Admin::new(
-            Arc::new(move || inputs.clone()),
-            log,
-            edges,
-            tokio::sync::mpsc::channel(1).0,
-        );
+        let (surveys, mut surveyed) = tokio::sync::mpsc::channel::<Survey>(1);
+        // No pod has a flow in clear that is open.
+        tokio::spawn(async move {
+            while let Some(survey) = surveyed.recv().await {
+                let _ = survey.answer.send(Ok(Vec::new()));
+            }
+        });
+        let logs = Recent::default();
+        let admin = Admin::new(Arc::new(move || inputs.clone()), log, edges, surveys)
+            .with_logs(logs.clone());
         let routes = Routes::new(observer.into_service()).add_service(admin.into_service());
         tokio::spawn(async move {
             let routes = routes.add_service(observer::health().await);
             socket.serve(routes, Default::default(), std::future::pending()).await.unwrap();
         });
-        Self { dir, recorder }
+        Self { dir, recorder, logs }
+    }
+
+    /// A line of its log, with somebody's token.
+    fn log(&self, message: &str, token: &str) {
+        let line = format!("2026-08-06T10:12:04.318Z  WARN {message}, token {token}\n");
+        self.logs.make_writer().write_all(line.as_bytes()).unwrap();
     }
 
     fn socket(&self) -> String {

@@ -8,8 +8,10 @@ use std::{
 use flate2::{Compression, write::GzEncoder};
 use jiff::Timestamp;
 
-use super::scrub;
-use crate::cli::exit::{Exit, Failure};
+use crate::{
+    cli::exit::{Exit, Failure},
+    telemetry::scrub,
+};
 
 /// A tar of texts, gzipped, in memory.
 pub struct Archive {

@@ -3,10 +3,9 @@
 //! Nothing is copied from the disk. Each part is what a command prints or the metrics page says,
 //! and has its name in this file; so keys, tokens and whatever else lies beside the configuration
 //! cannot get in by being there. What still looks like a key or a token, in an error message or a
-//! value that was pasted where a path belongs, is taken out by [`scrub`].
+//! value that was pasted where a path belongs, is taken out by [`scrub`]; log lines never held it.
 
 mod archive;
-mod scrub;
 
 use std::{
     collections::HashSet,
@@ -34,14 +33,22 @@ use super::{
 };
 use crate::{
     config::{AgentConfig, ConfigSources},
+    kernel::{KernelError, Pinned},
     observer::encode::OPTIONS_TYPE,
-    proto::{detail, observer::GetFlowsRequest},
+    proto::{
+        admin::{ListLogsRequest, admin_client::AdminClient},
+        detail,
+        observer::GetFlowsRequest,
+    },
+    telemetry::scrub,
 };
 
 /// The metrics page may be so large, in bytes.
 const MAX_METRICS: usize = 32 << 20;
 /// A part that is asked of this host may take so long.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Rows of a map that are written.
+const MAX_ROWS: usize = 4096;
 /// An agent's flows may take so long in all.
 const FLOWS_WITHIN: Duration = Duration::from_secs(30);
 
@@ -54,11 +61,12 @@ Examples:
   kubectl -n signet-system exec ds/signet-agent -- signet support-bundle \\
     --config /etc/signet/agent/agent.yaml -o - > bundle.tar.gz
 
-In it: versions, the configuration, what `signet check` says of this host and the metrics page; of
-each node status, endpoints, identities, services, SVIDs (no keys), policies, recent flows, and who
-talked to whom in seven days. problems.txt names what could not be had. It tells names and
-addresses of workloads: look through it before you hand it on. Exits with 4 when an agent does not
-answer, 5 when it may not be asked; the archive is written all the same.")]
+In it: versions, the configuration, what `signet check` says of this host, the metrics page and the
+kernel's maps; of each node status, endpoints, identities, services, SVIDs (no keys), policies,
+recent flows, the agent's last log lines, and who talked to whom in seven days. problems.txt names
+what could not be had. It tells names and addresses of workloads: look through it before you hand
+it on. Exits with 4 when an agent does not answer, 5 when it may not be asked; the archive is
+written all the same.")]
 pub struct SupportBundleArgs {
     #[command(flatten)]
     sockets: SocketArgs,
@@ -143,7 +151,7 @@ impl Bundle {
         let mut versions = Vec::new();
         let mut taken = HashSet::new();
         for agent in &agents {
-            match self.node(agent, args.flows, &mut taken).await {
+            match self.node(agent, args, &mut taken).await {
                 Some(version) => versions.push(version),
                 None => exit = Exit::Unreachable,
             }
@@ -162,7 +170,7 @@ impl Bundle {
         self.add("versions.json", Ok(format!("{versions:#}\n")));
         if args.sockets.is_remote() && args.config.is_none() {
             // What this host's environment says is not what the agents have.
-            for part in ["config.txt", "check.txt", "metrics.txt"] {
+            for part in ["config.txt", "check.txt", "metrics.txt", "maps.ndjson"] {
                 self.problem(
                     part,
                     "agents are asked through the API server; run this in an agent's pod",
@@ -183,7 +191,7 @@ impl Bundle {
             Err(error) => {
                 let why = Failure::caused(Exit::Input, error).to_string();
                 self.problem("config.txt", &why);
-                for part in ["check.txt", "metrics.txt"] {
+                for part in ["check.txt", "metrics.txt", "maps.ndjson"] {
                     self.problem(part, "the configuration that leads there cannot be read");
                 }
                 return;
@@ -202,13 +210,14 @@ impl Bundle {
             None => Err(Failure::new(Exit::Unreachable, "metricsListen is off")),
         };
         self.add("metrics.txt", page);
+        self.add("maps.ndjson", maps(&loaded.config));
     }
 
     /// An agent's parts, and what it says of itself; `None` when it does not answer.
     async fn node(
         &mut self,
         agent: &Agent,
-        flows: u64,
+        args: &SupportBundleArgs,
         taken: &mut HashSet<String>,
     ) -> Option<serde_json::Value> {
         let status = match status::ask(agent).await {
@@ -234,7 +243,14 @@ impl Bundle {
             edges.iter().map(|(node, edge)| format!("{}\n", aggregate::line(node, edge))).collect()
         });
         self.add(&format!("{dir}/edges.ndjson"), edges);
-        let (flows, lost) = match recent(agent, flows).await {
+        if args.sockets.is_remote() {
+            let why = "agents tell their log on their own socket only; take it by kubectl logs, or \
+                       run this in an agent's pod";
+            self.problem(&format!("{dir}/log.txt"), why);
+        } else {
+            self.add(&format!("{dir}/log.txt"), logs(agent).await);
+        }
+        let (flows, lost) = match recent(agent, args.flows).await {
             Ok((flows, lost)) => (Ok(flows), lost),
             Err(failure) => (Err(failure), Vec::new()),
         };
@@ -279,6 +295,49 @@ fn directory(node: &str, taken: &mut HashSet<String>) -> String {
         n += 1;
     }
     dir
+}
+
+/// An agent's last log lines, after one that says how many there were before.
+async fn logs(agent: &Agent) -> Result<String, Failure> {
+    let mut client = AdminClient::new(agent.channel.clone());
+    let parts = sockets::all_parts(agent, client.list_logs(ListLogsRequest {})).await?;
+    let gone = parts.first().map_or(0, |part| part.gone);
+    let mut text = format!("{gone} lines before these are not kept\n");
+    for line in parts.iter().flat_map(|part| &part.lines) {
+        text.push_str(&line.lines().map(printable).collect::<Vec<_>>().join("\n"));
+        text.push('\n');
+    }
+    Ok(text)
+}
+
+/// Every map that this instance has pinned, a line of JSON each: what it is, and its rows in hex.
+fn maps(config: &AgentConfig) -> Result<String, Failure> {
+    let host = |error: KernelError| Failure::caused(Exit::Host, error);
+    let pinned = Pinned::find(&config.bpffs, &config.instance).ok_or_else(|| {
+        let at = config.bpffs.join(&config.instance);
+        Failure::new(Exit::Host, format!("nothing is pinned at {}", at.display()))
+    })?;
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let mut text = String::new();
+    for map in pinned.contents(MAX_ROWS).map_err(host)? {
+        let rows = map
+            .rows
+            .as_ref()
+            .map(|rows| rows.iter().map(|(key, value)| [hex(key), hex(value)]).collect::<Vec<_>>());
+        let line = serde_json::json!({
+            "schema": "signet.dev/map/v1",
+            "version": map.version,
+            "map": map.name,
+            "type": map.kind,
+            "keySize": map.key_size,
+            "valueSize": map.value_size,
+            "maxEntries": map.max_entries,
+            "isComplete": map.is_complete,
+            "rows": rows,
+        });
+        text.push_str(&format!("{line}\n"));
+    }
+    Ok(text)
 }
 
 /// An agent's last flows, a line of JSON each, and warnings of what was lost.
