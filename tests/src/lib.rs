@@ -46,6 +46,7 @@ pub mod node;
 pub mod pod;
 pub mod process;
 pub mod runtime;
+pub mod terminal;
 pub mod traffic;
 
 use std::time::Duration;

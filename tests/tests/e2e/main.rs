@@ -30,6 +30,7 @@ mod pid_reuse;
 mod policy;
 mod prometheus;
 mod reboot;
+mod recording;
 mod seen;
 mod services;
 mod spiffe_clients;
