@@ -133,6 +133,10 @@ impl Args for AuthorityArgs {
                          steps; this command begins the rotation, or joins the one in progress, and \
                          follows it.",
                     )
+                    .after_help(
+                        "Examples:\n  signet authority rotate-root\n  \
+                         signet authority rotate-root --exclude-node node-7 --timeout 2h",
+                    )
                     .arg(
                         Arg::new("exclude-node")
                             .long("exclude-node")

@@ -103,6 +103,10 @@ Examples:
   kubectl -n signet-system exec ds/signet-agent -- signet agent release")]
     Release(ReleaseArgs),
     /// End what `signet agent release` began.
+    #[command(after_help = "\
+Examples:
+  signet agent rearm
+  signet agent rearm --pod shop/payments-5b7f")]
     Rearm(ReleaseArgs),
     /// Remove programs, links, pins, filters and sockets from this node. The agent must not run.
     #[command(after_help = "\
@@ -166,6 +170,10 @@ pub struct GuardArgs {
 #[derive(clap::Subcommand, Debug)]
 enum GuardCommand {
     /// Copy this binary and a systemd unit onto a node, so that the guard runs at its next boot.
+    #[command(after_help = "\
+Examples:
+  signet guard install
+  signet guard install --host-root /host")]
     Install {
         /// The node's root directory
         #[arg(long, value_name = "directory", default_value = "/")]

@@ -6,6 +6,8 @@ mod authority;
 mod check;
 mod edges;
 mod endpoints;
+#[cfg(test)]
+mod examples;
 mod exit;
 mod fetch;
 mod filters;

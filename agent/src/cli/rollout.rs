@@ -42,12 +42,12 @@ Examples:
   signet rollout check shop --to strict
   signet rollout check shop --to permissive --since 24h -o json
 
-It knows what agents have seen, at most the last seven days: put the namespace into observe
-first, and ask the agents of every node that runs its pods. Callers under a node's address (the
-host's network, SNAT) are named with the rule to add. It also tells NetworkPolicies, the namespace's
-own and those of enrolled namespaces, that would keep peers from the tunnels' port 15008, and the
-flows in clear that are open now and would be closed. Exits with 1 when anything would break, and when nothing was seen at
-all.")]
+It knows what agents have seen, at most the last seven days: put the namespace into observe first,
+and ask the agents of every node that runs its pods. Callers under a node's address (the host's
+network, SNAT) are named with the rule to add. It also tells NetworkPolicies, the namespace's own
+and those of enrolled namespaces, that would keep peers from the tunnels' port 15008, and the flows
+in clear that are open now and would be closed. Exits with 1 when anything would break, and when
+nothing was seen at all.")]
 pub struct CheckArgs {
     #[command(flatten)]
     sockets: SocketArgs,
@@ -106,6 +106,20 @@ pub struct Finding {
     last_seen: Option<String>,
 }
 
+/// A finding for programs.
+#[derive(Serialize)]
+struct Line<'a> {
+    schema: &'static str,
+    #[serde(flatten)]
+    finding: &'a Finding,
+}
+
+impl<'a> Line<'a> {
+    fn of(finding: &'a Finding) -> Self {
+        Self { schema: "signet.dev/rollout-check/v1", finding }
+    }
+}
+
 /// Runs the subcommand.
 pub async fn run(command: RolloutCommand) -> Result<Exit, Failure> {
     let RolloutCommand::Check(args) = command;
@@ -114,7 +128,7 @@ pub async fn run(command: RolloutCommand) -> Result<Exit, Failure> {
     let text = match args.output {
         Output::Json => findings
             .iter()
-            .map(|finding| Ok(serde_json::to_string(finding)? + "\n"))
+            .map(|finding| Ok(serde_json::to_string(&Line::of(finding))? + "\n"))
             .collect::<serde_json::Result<String>>()
             .map_err(|e| Failure::caused(Exit::Bug, e))?,
         Output::Text => show(&args, &findings, seen, Timestamp::now()),

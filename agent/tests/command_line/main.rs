@@ -3,6 +3,8 @@
 mod browser;
 mod bundle;
 mod check;
+mod exits;
+mod golden;
 mod known;
 mod top;
 mod ui;

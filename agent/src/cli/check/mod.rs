@@ -19,7 +19,7 @@ use crate::config::{AgentConfig, ConfigSources};
 #[command(after_help = "\
 Examples:
   signet check --config /etc/signet/agent/agent.yaml
-  kubectl -n signet-system exec ds/signet-agent -- signet check --config /etc/signet/agent/agent.yaml
+  kubectl -n signet-system exec ds/signet-agent -- signet check --config FILE
   signet check cluster --kubeconfig ~/.kube/config
   signet check -o json
 

@@ -37,9 +37,9 @@ Examples:
   signet policy check --from @192.0.2.7 --to shop/db-0:5432 --cluster-dir /etc/signet/cluster
   signet policy check --from shop/front --to shop/db-0:5432 --cluster-dir DIR -f new-policy.yaml
 
-Without -f and --cluster-dir it asks the agent about what is in force. With them it reads manifests, and an
-object of -f goes before one of the directory. Exits with 0 when the flow would pass, with 1 when it
-would be refused.")]
+Without -f and --cluster-dir it asks the agent about what is in force. With them it reads
+manifests, and an object of -f goes before one of the directory. Exits with 0 when the flow would
+pass, with 1 when it would be refused.")]
 pub struct CheckArgs {
     #[command(flatten)]
     sockets: SocketArgs,

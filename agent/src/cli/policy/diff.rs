@@ -39,9 +39,9 @@ Examples:
   signet policy diff -f new-policy.yaml
   signet policy diff -f policies/ -n shop --since 24h -o json
 
-Each flow that the agents' pods received is judged as `signet policy check` does, by what is in force and by
-that with the given policies added, or in place of those of their names. A policy that is not
-given stays. Ask the agents of every node. Exits with 0 when nothing changes, with 1 when
+Each flow that the agents' pods received is judged as `signet policy check` does, by what is in
+force and by that with the given policies added, or in place of those of their names. A policy that
+is not given stays. Ask the agents of every node. Exits with 0 when nothing changes, with 1 when
 something does.")]
 pub struct DiffArgs {
     #[command(flatten)]

@@ -36,10 +36,10 @@ Examples:
   signet policy suggest -n shop --istio --since 24h
   signet policy suggest -n shop --from-networkpolicies
 
-Each account of the namespace that was called gets an ALLOW for the callers and ports seen; what was
-refused is left out. Nothing is suggested for what was never called. What cannot be put into a policy
-is said in comments. Ask the agents of every node that runs the namespace's pods. Exits with 1
-when nothing was seen.")]
+Each account of the namespace that was called gets an ALLOW for the callers and ports seen; what
+was refused is left out. Nothing is suggested for what was never called. What cannot be put into a
+policy is said in comments. Ask the agents of every node that runs the namespace's pods. Exits with
+1 when nothing was seen.")]
 pub struct SuggestArgs {
     #[command(flatten)]
     sockets: SocketArgs,

@@ -25,8 +25,8 @@ Examples:
   signet policy validate policies.yaml
   signet policy validate manifests/ -o json
 
-Directories are read with every manifest in them. Exits with 1 when it finds faults, with 3 when a file
-cannot be read.")]
+Directories are read with every manifest in them. Exits with 1 when it finds faults, with 3 when a
+file cannot be read.")]
 pub struct ValidateArgs {
     /// Files or directories of manifests
     #[arg(required = true, value_name = "FILE")]

@@ -23,8 +23,8 @@ Examples:
   signet ui
   signet ui --since 1h --listen 127.0.0.1:8088
 
-It prints an address with a secret in it: only who has that sees the page. The page loads nothing from
-elsewhere, and nothing can be changed with it. It ends with Ctrl-C.")]
+It prints an address with a secret in it: only who has that sees the page. The page loads nothing
+from elsewhere, and nothing can be changed with it. It ends with Ctrl-C.")]
 pub struct UiArgs {
     #[command(flatten)]
     sockets: SocketArgs,
@@ -56,13 +56,9 @@ pub async fn run(args: UiArgs) -> Result<Exit, Failure> {
     anstream::println!("http://{address}/?token={token}");
     let feed = live::Feed::start(agents, is_complete, args.since);
     let page = server::page(address, &token, feed, args.sockets);
-    tokio::select! {
-        served = server::serve(listener, page) => {
-            served.map_err(|e| Failure::new(Exit::Host, format!("{address}: {e}")))?;
-            Ok(Exit::Done)
-        }
-        _ = tokio::signal::ctrl_c() => Ok(Exit::Done),
-    }
+    let served = server::serve(listener, page).await;
+    served.map_err(|e| Failure::new(Exit::Host, format!("{address}: {e}")))?;
+    Ok(Exit::Done)
 }
 
 #[cfg(test)]
