@@ -269,7 +269,7 @@ fn judge(policy: Policy) {
             port: 80,
             protocol: 6,
         };
-        let explained = explain(&policies, false, &facts);
+        let explained = explain(&policies, false, &facts, None);
         let [policy] = &policies;
         let by = explained.outcome.policy.is_some();
         let evaluable = policy.unsupported.is_empty()
