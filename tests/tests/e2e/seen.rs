@@ -17,7 +17,7 @@ use signet_lab::{
     traffic::{Role, reports::ConnectFloodReport, roles::ConnectFlood},
 };
 
-use crate::mesh::{Mesh, TCP, TIMEOUT, answered_soon, refused, refused_soon, with_logs};
+use crate::mesh::{Mesh, TCP, TIMEOUT, answered_soon, policy, refused, refused_soon, with_logs};
 
 /// `signet ui` over the agents of both nodes, until it is dropped.
 struct Ui {
@@ -89,16 +89,25 @@ fn a_denial_is_told_the_same_way_everywhere() -> Result<()> {
         refused_soon(&mesh.intruder, to)?;
         refused(&mesh.intruder, to, "by policy")?;
         refused(&mesh.reports, to, "in clear")?;
+        // And by name: with these there is every reason for which the demo refuses.
+        let by_name = json!([{"from": [{"serviceAccounts": ["intruder"]}]}]);
+        mesh.lab.cluster().apply(policy("no-intruder", "Deny", "payments", by_name))?;
+        let agent = mesh.lab.agent("node-2")?;
+        eventually("the intruder is denied by name", TIMEOUT, || {
+            refused(&mesh.intruder, to, "by name")?;
+            let told = agent.flows(&["--reason", "policy_deny", "--node", "node-2"])?;
+            Ok((!told.is_empty()).then_some(()))
+        })?;
 
         let ui = Ui::start(mesh)?;
         let payments = "shop/payments".to_owned();
-        let expected: Denials =
-            [("policy_no_match", "shop/intruder"), ("plaintext_refused", "legacy/default")]
-                .map(|(reason, client)| {
-                    (reason.to_owned(), [(client.to_owned(), payments.clone())].into())
-                })
-                .into();
-        let agent = mesh.lab.agent("node-2")?;
+        let expected: Denials = [
+            ("policy_no_match", "shop/intruder"),
+            ("policy_deny", "shop/intruder"),
+            ("plaintext_refused", "legacy/default"),
+        ]
+        .map(|(reason, client)| (reason.to_owned(), [(client.to_owned(), payments.clone())].into()))
+        .into();
         eventually("the page has the denials", TIMEOUT, || {
             let graph = ui.graph()?;
             let mut shown = on_the_page(&graph);
