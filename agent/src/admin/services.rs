@@ -60,6 +60,7 @@ fn known(world: &World, service: &Service) -> KnownService {
 fn endpoint(world: &World, endpoint: &Endpoint) -> KnownServiceEndpoint {
     let pod = world.pod_at(endpoint.ip);
     let way = match pod {
+        Some(pod) if pod.is_ambient() => "tunnel",
         Some(pod) if pod.is_enrolled() && world.served.contains_key(&pod.uid) => "tunnel",
         Some(pod) if pod.is_enrolled() => "unserved",
         _ => "direct",

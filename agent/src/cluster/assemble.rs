@@ -228,6 +228,7 @@ impl Assembler {
             exempt_ports: namespace.map(|(n, _)| n.exempt_ports.clone()).unwrap_or_default(),
             strict_ports: None,
             unenforceable: facts.unenforceable.clone(),
+            captured: facts.captured,
         }
     }
 }

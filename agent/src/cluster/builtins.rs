@@ -185,6 +185,7 @@ mod tests {
             exempt_ports: Arc::default(),
             strict_ports: None,
             unenforceable: None,
+            captured: false,
         };
         world.pods.insert(uid.clone(), Arc::new(pod));
         world.pods_by_ip.insert(ip, uid);

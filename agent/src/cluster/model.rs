@@ -266,9 +266,22 @@ pub struct Pod {
     pub strict_ports: Option<Arc<Policy>>,
     /// Why more than observation is impossible, when it is.
     pub unenforceable: Option<Arc<str>>,
+    /// A ztunnel carries its traffic, whatever its mode says here.
+    pub captured: bool,
 }
 
 impl Pod {
+    /// True when a ztunnel serves it: peers reach it over HBONE at its own address, under its
+    /// service account's identity, and nobody announces it.
+    pub fn is_ambient(&self) -> bool {
+        self.captured && !self.host_network && !self.finished
+    }
+
+    /// True when peers dial it through a tunnel: it is enrolled, or a ztunnel serves it.
+    pub fn is_tunnelled(&self) -> bool {
+        self.is_ambient() || self.is_enrolled()
+    }
+
     /// True when its desired mode enrols it (permissive or strict, enforceable, not host network).
     pub fn is_enrolled(&self) -> bool {
         self.mode.is_enforced() && self.is_enrollable()

@@ -307,6 +307,7 @@ mod tests {
             created: 0,
             named_ports: Default::default(),
             unenforceable: None,
+            captured: false,
             origin: "".into(),
         }
     }

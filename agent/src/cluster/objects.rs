@@ -109,6 +109,8 @@ pub struct PodFacts {
     pub named_ports: BTreeMap<Arc<str>, u16>,
     /// Why more than observation is impossible.
     pub unenforceable: Option<Arc<str>>,
+    /// A ztunnel carries its traffic: Istio's ambient mesh has said so in an annotation.
+    pub captured: bool,
     /// `pods.yaml:3`, empty where there is no file.
     pub origin: Arc<str>,
 }
@@ -197,6 +199,8 @@ pub struct RangeFacts {
 
 /// Annotation of the pods by which a kubelet shows its static pods.
 pub const MIRROR: &str = "kubernetes.io/config.mirror";
+/// Istio's annotation of pods that its ambient mesh serves.
+const REDIRECTION: &str = "ambient.istio.io/redirection";
 
 /// The label of every namespace with its own name.
 const NAME_LABEL: &str = "kubernetes.io/metadata.name";
@@ -330,6 +334,7 @@ impl PodFacts {
             created: meta.creation_timestamp.as_ref().map_or(0, |t| t.0.as_second()),
             named_ports,
             unenforceable: unenforceable(object).map(Arc::from),
+            captured: is_captured(object),
             origin: origin.into(),
         })
     }
@@ -358,11 +363,15 @@ fn workload(meta: &ObjectMeta) -> Option<Workload> {
     Some(above.unwrap_or_else(|| made_by(&owner.kind, &owner.name)))
 }
 
+/// True when Istio's CNI has put the pod behind its node's ztunnel (ambient mode).
+fn is_captured(pod: &KubePod) -> bool {
+    let redirection = pod.metadata.annotations.as_ref().and_then(|all| all.get(REDIRECTION));
+    redirection.is_some_and(|value| value == "enabled")
+}
+
 /// Why a pod cannot be enforced, whatever its mode (DESIGN §2).
 fn unenforceable(pod: &KubePod) -> Option<String> {
     let spec = pod.spec.as_ref()?;
-    let annotation =
-        |key: &str| pod.metadata.annotations.as_ref().and_then(|a| a.get(key)).map(String::as_str);
     if spec.host_network.unwrap_or(false) {
         return Some("it is in the host's network (hostNetwork)".into());
     }
@@ -373,7 +382,7 @@ fn unenforceable(pod: &KubePod) -> Option<String> {
     {
         return Some(format!("the sidecar {sidecar} already carries its traffic"));
     }
-    if annotation("ambient.istio.io/redirection") == Some("enabled") {
+    if is_captured(pod) {
         return Some("Istio's ambient mesh already carries its traffic".into());
     }
     // Runtimes whose sandboxes bring a network stack of their own: no socket of the pod is

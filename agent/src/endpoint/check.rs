@@ -302,11 +302,11 @@ impl<'a> Check<'a> {
             self.tables.pods.insert(netns, entry);
             self.tables.own.insert(OwnAddressKey { netns, ip: Ip::from_std(ip) }, 1);
             let mut flags = 0;
-            if self.is_enrolled(&found) {
+            if found.is_ambient() || self.is_enrolled(&found) {
                 // Whether it is served now is not asked here.
                 flags |= address::ENROLLED | address::SERVED;
             }
-            if found.is_enrollable() {
+            if found.is_ambient() || found.is_enrollable() {
                 flags |= address::ENROLLABLE;
             }
             let entry =
@@ -429,8 +429,10 @@ impl<'a> Check<'a> {
             Direction::Egress => (self.to_id.as_ref(), self.to_ip),
         };
         let enrollable = match direction {
-            Direction::Ingress => self.from.as_ref().is_some_and(|pod| pod.is_enrollable()),
-            Direction::Egress => self.to.is_enrollable(),
+            Direction::Ingress => {
+                self.from.as_ref().is_some_and(|pod| pod.is_ambient() || pod.is_enrollable())
+            }
+            Direction::Egress => self.to.is_ambient() || self.to.is_enrollable(),
         };
         // An address shows an identity only where it is a known pod's.
         let known = direction == Direction::Egress || self.from.is_some();

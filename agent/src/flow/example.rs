@@ -142,6 +142,7 @@ pub(crate) fn pod(name: &str, mode: Mode) -> Arc<Pod> {
         exempt_ports: Arc::default(),
         strict_ports: None,
         unenforceable: None,
+        captured: false,
     })
 }
 

@@ -217,10 +217,10 @@ fn pod_route(
         path: Path::Direct(identity),
     };
     // Its own address never leaves the pod.
-    if source.addresses.contains(&ip) || !pod.is_enrolled() {
+    if source.addresses.contains(&ip) || !pod.is_tunnelled() {
         return Ok(direct(identity));
     }
-    if !world.served.contains_key(&pod.uid) {
+    if !pod.is_ambient() && !world.served.contains_key(&pod.uid) {
         return if strict {
             Err(RouteError::NotServed { pod: pod.name.clone() })
         } else {

@@ -220,6 +220,7 @@ fn pod(name: &str, mode: Mode) -> Arc<Pod> {
         exempt_ports: Arc::default(),
         strict_ports: None,
         unenforceable: None,
+        captured: false,
     })
 }
 

@@ -5,6 +5,7 @@
 
 mod agent_dead;
 mod agreement;
+mod ambient;
 mod authority;
 mod bad_input;
 mod builtins;

@@ -40,6 +40,7 @@ fn pod(uid: &str, created: i64) -> PodFacts {
         created,
         named_ports: BTreeMap::new(),
         unenforceable: None,
+        captured: false,
         origin: "".into(),
     }
 }
@@ -221,4 +222,42 @@ fn unenforceable_pods_are_reported_where_they_should_be_enforced() {
     assert!(!world.pods["u"].is_enrolled());
     assert_eq!(world.problems[0].message, "unenforceable in mode strict: why");
     assert!(world_of(&mut assembler, "observe").problems.is_empty());
+}
+
+#[test]
+fn a_ztunnels_pods_are_known_by_their_annotation() {
+    use k8s_openapi::{
+        api::core::v1::{Pod as KubePod, PodSpec},
+        apimachinery::pkg::apis::meta::v1::ObjectMeta,
+    };
+    let read = |redirection: Option<&str>| {
+        let annotation = |value: &str| ("ambient.istio.io/redirection".into(), value.into());
+        let object = KubePod {
+            metadata: ObjectMeta {
+                name: Some("pay".into()),
+                namespace: Some("mesh".into()),
+                uid: Some("u".into()),
+                annotations: redirection.map(|value| [annotation(value)].into()),
+                ..ObjectMeta::default()
+            },
+            spec: Some(PodSpec::default()),
+            status: None,
+        };
+        PodFacts::read(&object, "").unwrap()
+    };
+    for other in [None, Some("disabled"), Some("")] {
+        let facts = read(other);
+        assert_eq!((facts.captured, facts.unenforceable), (false, None), "{other:?}");
+    }
+    let facts = read(Some("enabled"));
+    assert!(facts.captured && facts.unenforceable.unwrap().contains("ambient"));
+
+    // In a namespace that nobody labelled, too.
+    let objects = Objects {
+        pods: vec![Arc::new(read(Some("enabled"))), Arc::new(pod("v", 1))],
+        ..Objects::default()
+    };
+    let world = Assembler::default().assemble(&objects, around());
+    assert!(world.pods["u"].is_tunnelled() && !world.pods["u"].is_enrolled());
+    assert!(!world.pods["v"].is_tunnelled(), "the control");
 }

@@ -54,6 +54,9 @@ impl Planner<'_> {
 
     fn address_entry(&mut self, pod: &Pod, numbers: &mut Numbers) -> AddressEntry {
         let mut flags = 0;
+        if pod.is_ambient() {
+            flags |= address::ENROLLABLE | address::ENROLLED | address::SERVED;
+        }
         if pod.is_enrollable() && !is_spared(&pod.name.namespace, &self.input.params.never_deny) {
             flags |= address::ENROLLABLE;
         }

@@ -101,6 +101,7 @@ impl Scene {
             exempt_ports: Arc::default(),
             strict_ports: None,
             unenforceable: None,
+            captured: false,
         };
         self.world.pods.insert(uid.clone(), Arc::new(pod));
         self.world.pods_by_ip.insert(ip, uid.clone());
@@ -246,6 +247,35 @@ fn peers_are_served_when_their_node_says_so() {
     scene.world.served.insert(uid, "node-2".into());
     let flags = scene.plan().tables.addresses[&ip("10.0.2.1")].flags;
     assert_ne!(flags & address::SERVED, 0);
+}
+
+#[test]
+fn peers_that_a_ztunnel_serves_are_served_and_own_ones_are_not_managed() {
+    let mut scene = Scene::new();
+    scene.namespace("mesh", Mode::Off);
+    let tunnelled = address::ENROLLED | address::SERVED | address::ENROLLABLE;
+    let uid = scene.pod("mesh", "pay", "node-2", "10.0.2.1");
+    let entry = |scene: &mut Scene, address| scene.plan().tables.addresses[&ip(address)];
+    assert_eq!(entry(&mut scene, "10.0.2.1").flags, 0, "the control");
+    scene.change(&uid, |pod| pod.captured = true);
+    let shown = entry(&mut scene, "10.0.2.1");
+    assert_eq!(shown.flags, tunnelled);
+    assert!(shown.identity >= 256, "under its account's identity");
+    scene.change(&uid, |pod| pod.host_network = true);
+    assert_eq!(entry(&mut scene, "10.0.2.1").flags, 0);
+
+    // One of this node is a peer like any other, and nothing is enforced for it.
+    scene.namespace("shop", Mode::Strict);
+    let own = scene.pod("shop", "web", NODE, "10.0.0.1");
+    scene.found(&own, 7, "10.0.0.1");
+    scene.change(&own, |pod| {
+        pod.captured = true;
+        pod.unenforceable = Some("Istio's ambient mesh already carries its traffic".into());
+    });
+    let plan = scene.plan();
+    assert_eq!(plan.tables.pods[&7].mode, Mode::Observe as u8);
+    assert_eq!(plan.tables.addresses[&ip("10.0.0.1")].flags, tunnelled);
+    assert!(plan.svids.is_empty() && plan.announce.is_empty());
 }
 
 #[test]

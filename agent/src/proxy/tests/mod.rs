@@ -178,6 +178,7 @@ pub(super) fn pod(account: &str, pod_ip: &str, mode: Mode) -> Arc<Pod> {
         exempt_ports: Arc::default(),
         strict_ports: None,
         unenforceable: None,
+        captured: false,
     })
 }
 

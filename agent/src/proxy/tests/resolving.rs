@@ -60,6 +60,24 @@ fn go(world: &World, mode: Mode, to: &str, port: u16) -> Result<Path, Reason> {
 }
 
 #[test]
+fn what_a_ztunnel_serves_is_reached_through_it_unannounced() {
+    let mut world = sample();
+    let uid = world.pods_by_ip[&ip(OFF)].clone();
+    let plain = Ok(Path::Direct(Some(identity("legacy"))));
+    assert_eq!(go(&world, Mode::Strict, OFF, 80), plain, "the control");
+    let mut captured = crate::cluster::model::Pod::clone(&world.pods[&uid]);
+    captured.captured = true;
+    world.pods.insert(uid.clone(), captured.clone().into());
+    for mode in [Mode::Strict, Mode::Permissive] {
+        assert_eq!(go(&world, mode, OFF, 80), Ok(Path::Tunnel(identity("legacy"))), "{mode:?}");
+    }
+    // Where it has finished, its address is nobody's tunnel.
+    captured.finished = true;
+    world.pods.insert(uid, captured.into());
+    assert_eq!(go(&world, Mode::Strict, OFF, 80), plain);
+}
+
+#[test]
 fn tunnel_or_direct_follows_the_desired_mode() {
     let world = sample();
     let tunnel = Ok(Path::Tunnel(identity("payments")));
