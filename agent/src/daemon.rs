@@ -4,6 +4,7 @@ mod cluster;
 mod error;
 mod events;
 mod identity;
+mod issuers;
 mod picture;
 mod succession;
 mod viewers;
@@ -245,6 +246,8 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
     );
     let (federation_failures, foreign_bundles) = watch::channel(follow::Failures::new());
     let mut federating = tokio::spawn(federate(world.clone(), trust.clone(), federation_failures));
+    let mut fetching =
+        tokio::spawn(issuers::follow(state.clone(), trust.clone(), config.jwks_roots.clone()));
     let (report, kernel_report) = watch::channel(reconcile::KernelReport::default());
     let (config_changes, live_config) = watch::channel(Arc::new(config.clone()));
     let (page_problem, page_problems) = watch::channel(BTreeMap::new());
@@ -460,6 +463,7 @@ async fn serve(parts: Parts) -> Result<(), DaemonError> {
             }
             ended = &mut forwarding => break Err(ended_as("the recorder of kernel events", joined(ended))),
             ended = &mut federating => break Err(ended_as("the follower of foreign bundles", joined(ended))),
+            ended = &mut fetching => break Err(ended_as("the fetcher of issuers' keys", joined(ended))),
             ended = &mut recording => break Err(ended_as("the recorder of closed flows", joined(ended))),
             ended = &mut collector => break Err(ended_as("the flow log", joined(ended))),
             ended = &mut following => break Err(ended_as("the authority's follower", joined(ended))),

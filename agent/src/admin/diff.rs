@@ -183,6 +183,7 @@ fn questions(state: &NodeState, case: &Case) -> Vec<Question> {
             port: case.port,
             protocol: case.protocol,
             plaintext: case.plaintext,
+            request: None,
         })
         .collect()
 }

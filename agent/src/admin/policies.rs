@@ -322,12 +322,20 @@ pub fn answer(
     request: &admin::CheckPolicyRequest,
 ) -> Result<admin::CheckPolicyResponse, Unanswered> {
     let state = inputs.state.as_ref().ok_or(Unanswered::Early)?;
-    let question = check::Question::parse(
+    let mut question = check::Question::parse(
         &request.from,
         &request.to,
         &request.protocol,
         request.plaintext,
         &state.world.trust_domain,
+    )
+    .map_err(Unanswered::Question)?;
+    question.request = check::AskedRequest::parse(
+        &request.method,
+        &request.path,
+        &request.host,
+        &request.headers,
+        &request.claims,
     )
     .map_err(Unanswered::Question)?;
     let setting = Setting::of(state);

@@ -461,6 +461,11 @@ keys! {
          as Istio's meshConfig.rootNamespace."
         set(c, v) { c.root_namespace = label(one(v)?, 63)?; }
         get(c) vec![c.root_namespace.clone()];
+    "jwksRoots" Restart false "file"
+        "PEM file of web authorities, besides the system's, that vouch for the servers from which \
+         the keys of RequestAuthentications' issuers are fetched (jwksUri, OpenID Connect discovery)."
+        set(c, v) { c.jwks_roots = Some(path(v)?); }
+        get(c) c.jwks_roots.iter().flat_map(|p| shown_path(p)).collect();
     "defaultAction" Restart false "allow|deny"
         "What becomes of flows to and from enforced pods that no ALLOW selects, in namespaces whose label \
          signet.dev/default does not say."

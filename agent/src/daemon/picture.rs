@@ -79,6 +79,13 @@ impl Picture {
             subject: format!("trust domain {domain}"),
             message: message.clone(),
         }));
+        problems.extend(
+            self.trust
+                .issuers()
+                .problems()
+                .into_iter()
+                .map(|(place, message)| Problem { subject: format!("keys of {place}"), message }),
+        );
         problems.extend(self.pages.borrow().iter().map(|(key, message)| Problem {
             subject: if *key == "observerListen" { "observer" } else { "metrics" }.into(),
             message: message.clone(),

@@ -4,6 +4,7 @@
 //! The tables hold two pods only, source and destination, compiled as the reconciler does.
 
 mod question;
+mod request;
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -30,9 +31,12 @@ use crate::{
         evaluate::{FlowFacts, PeerIdentity},
         explain::{Explanation, explain},
         model::{Policy, PolicyName},
+        request::asks_requests,
     },
     spiffe::SpiffeId,
 };
+
+pub use self::request::AskedRequest;
 
 /// Entries that a pod's policy may have here; the check is of verdicts, not of room.
 const MAX_ENTRIES: usize = 1_000_000;
@@ -52,7 +56,7 @@ pub struct From {
 }
 
 /// A flow that may be.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct Question {
     /// Who dials.
     pub from: From,
@@ -64,6 +68,8 @@ pub struct Question {
     pub protocol: u8,
     /// In clear, though it would be tunnelled.
     pub plaintext: bool,
+    /// An HTTP request on it.
+    pub request: Option<AskedRequest>,
 }
 
 /// What is beside the world.
@@ -365,6 +371,13 @@ impl<'a> Check<'a> {
         if sides.iter().all(passes) {
             let decision = (!tunnelled).then(|| self.decide(DESTINATION));
             let to = self.to.clone();
+            if self.question.request.is_none() && asks_requests(&self.policies_of(&to)) {
+                self.notes.push(
+                    "policies ask about HTTP requests, and none is given: what asks so fails \
+                     closed; give --method, --path and --host"
+                        .into(),
+                );
+            }
             sides.push(self.side(Direction::Ingress, &to, decision));
         }
         let rank = |verdict: Verdict| match verdict {
@@ -454,7 +467,17 @@ impl<'a> Check<'a> {
             protocol: self.question.protocol,
         };
         let policies = self.policies_of(judged);
-        let explanation = explain(&policies, self.default_deny(judged), &facts, None);
+        let default_deny = self.default_deny(judged);
+        let mut explanation = explain(&policies, default_deny, &facts, None);
+        let mut decision = decision;
+        let asked = self.question.request.as_ref().filter(|_| tcp);
+        if let Some(request) = asked.filter(|_| direction == Direction::Ingress) {
+            // Where policy alone stops it, the kernel leaves the flow to who judges requests.
+            if decision.is_some_and(|d| d.report && d.reason == explanation.outcome.reason) {
+                decision = None;
+            }
+            explanation = explain(&policies, default_deny, &facts, Some(&request.facts(ip)));
+        }
         let outcome = &explanation.outcome;
         let mut side = Side {
             direction,

@@ -130,6 +130,22 @@ pub struct EndUser {
 }
 
 impl EndUser {
+    /// Whom these claims name, as if a token had proven them: for questions about what would
+    /// be. `None` when `iss` is missing, or a registered claim is not of its type.
+    pub fn of_claims(claims: Map<String, Value>) -> Option<Self> {
+        let text = |name: &str| claims.get(name).map(|value| value.as_str().map(str::to_owned));
+        let audiences = match claims.get("aud") {
+            None => Vec::new(),
+            Some(Value::Array(many)) => {
+                many.iter().map(|one| one.as_str().map(str::to_owned)).collect::<Option<_>>()?
+            }
+            Some(one) => vec![one.as_str()?.to_owned()],
+        };
+        let issuer = text("iss")??;
+        let subject = text("sub").unwrap_or_else(|| Some(String::new()))?;
+        Some(Self { issuer, subject, audiences, claims, spaced: Vec::new() })
+    }
+
     /// The claim `iss`.
     pub fn issuer(&self) -> &str {
         &self.issuer

@@ -34,6 +34,11 @@ pub enum Verify {
         /// PEM of the web authorities; the system's when absent.
         roots: Option<Vec<u8>>,
     },
+    /// By a web certificate for the URL's host, of one of the system's authorities or of these.
+    WebAnd {
+        /// PEM of further web authorities.
+        more: Option<Vec<u8>>,
+    },
     /// By an X509-SVID.
     Spiffe {
         /// The only identity that may answer.
@@ -48,10 +53,10 @@ pub enum Verify {
 #[non_exhaustive]
 pub enum EndpointError {
     /// No web authority could be read.
-    #[error("no web authorities: {0}; name a PEM file as webRoots")]
+    #[error("no web authorities: {0}; name a PEM file as webRoots (jwksRoots for end users' keys)")]
     Roots(String),
     /// TLS cannot be set up.
-    #[error("TLS for the bundle endpoint cannot be set up: {0}")]
+    #[error("TLS for the endpoint cannot be set up: {0}")]
     Tls(#[from] rustls::Error),
     /// The connection, the handshake or the exchange failed.
     #[error("{url}: {source}")]
@@ -62,7 +67,7 @@ pub enum EndpointError {
         source: Box<hyper_util::client::legacy::Error>,
     },
     /// Another status than 200.
-    #[error("{url}: answered {status}; a bundle endpoint answers 200")]
+    #[error("{url}: answered {status}, not 200")]
     Status {
         /// The endpoint.
         url: Uri,
@@ -153,6 +158,9 @@ fn config(verify: Verify) -> Result<ClientConfig, EndpointError> {
         Verify::Web { roots } => {
             builder.with_root_certificates(web_roots(roots.as_deref())?).with_no_client_auth()
         }
+        Verify::WebAnd { more } => {
+            builder.with_root_certificates(all_roots(more.as_deref())?).with_no_client_auth()
+        }
         Verify::Spiffe { id, bundle } => {
             let verifier = Arc::new(SvidVerifier { id, bundle, provider });
             builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth()
@@ -161,16 +169,31 @@ fn config(verify: Verify) -> Result<ClientConfig, EndpointError> {
 }
 
 fn web_roots(pem: Option<&[u8]>) -> Result<RootCertStore, EndpointError> {
+    match pem {
+        Some(pem) => store_of(certificates_of(pem)?),
+        None => store_of(rustls_native_certs::load_native_certs().certs),
+    }
+}
+
+fn all_roots(more: Option<&[u8]>) -> Result<RootCertStore, EndpointError> {
+    let mut all = rustls_native_certs::load_native_certs().certs;
+    if let Some(pem) = more {
+        let more = certificates_of(pem)?;
+        // Told, though the system's own would do for other servers.
+        store_of(more.clone())?;
+        all.extend(more);
+    }
+    store_of(all)
+}
+
+fn certificates_of(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, EndpointError> {
+    let blocks = pem::parse_many(pem).map_err(|e| EndpointError::Roots(e.to_string()))?;
+    let certificates = blocks.into_iter().filter(|block| block.tag() == "CERTIFICATE");
+    Ok(certificates.map(|block| block.into_contents().into()).collect())
+}
+
+fn store_of(certificates: Vec<CertificateDer<'static>>) -> Result<RootCertStore, EndpointError> {
     let mut store = RootCertStore::empty();
-    let certificates: Vec<CertificateDer<'static>> = match pem {
-        Some(pem) => pem::parse_many(pem)
-            .map_err(|e| EndpointError::Roots(e.to_string()))?
-            .into_iter()
-            .filter(|block| block.tag() == "CERTIFICATE")
-            .map(|block| block.into_contents().into())
-            .collect(),
-        None => rustls_native_certs::load_native_certs().certs,
-    };
     let (added, _ignored) = store.add_parsable_certificates(certificates);
     if added == 0 {
         return Err(EndpointError::Roots("none was found".into()));

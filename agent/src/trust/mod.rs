@@ -1,8 +1,10 @@
-//! The bundles of all trusted domains, shared and followed live.
+//! The bundles of all trusted domains and the keys of end users' issuers, shared and followed
+//! live.
 
 pub mod endpoint;
 pub mod federation;
 pub mod follow;
+pub mod issuers;
 
 use std::{
     collections::BTreeMap,
@@ -14,6 +16,7 @@ use arc_swap::ArcSwap;
 use jiff::Timestamp;
 use tokio::sync::watch;
 
+use self::issuers::Issuers;
 use crate::{
     spiffe::{Bundle, JwtBundle, TrustDomain},
     telemetry::metrics::Reading,
@@ -28,6 +31,8 @@ pub struct Trust {
     jwt: Table<JwtBundle>,
     /// How often each domain's source was asked for its bundle; gone with the domain.
     refreshes: Mutex<BTreeMap<TrustDomain, Refreshes>>,
+    /// Whom tokens of end users are believed.
+    issuers: Arc<Issuers>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -46,7 +51,17 @@ struct Table<B> {
 impl Trust {
     /// No domain is trusted, generation 0.
     pub fn new() -> Arc<Self> {
-        Arc::new(Self { x509: Table::new(), jwt: Table::new(), refreshes: Mutex::default() })
+        Arc::new(Self {
+            x509: Table::new(),
+            jwt: Table::new(),
+            refreshes: Mutex::default(),
+            issuers: Arc::default(),
+        })
+    }
+
+    /// The keys of end users' issuers.
+    pub fn issuers(&self) -> &Arc<Issuers> {
+        &self.issuers
     }
 
     /// The X.509 bundle of a trust domain; `None` when it is not trusted.

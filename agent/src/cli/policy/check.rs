@@ -20,7 +20,7 @@ use crate::{
         source::SourceParams,
     },
     config::values::DefaultAction,
-    endpoint::check::{self, Question, Setting},
+    endpoint::check::{self, AskedRequest, Question, Setting},
     proto::admin::{
         CheckPolicyRequest, CheckPolicyResponse, CheckedPolicy, CheckedSide,
         admin_client::AdminClient,
@@ -36,6 +36,7 @@ Examples:
   signet policy check --from shop/front --to shop/db-0:5432
   signet policy check --from @192.0.2.7 --to shop/db-0:5432 --cluster-dir /etc/signet/cluster
   signet policy check --from shop/front --to shop/db-0:5432 --cluster-dir DIR -f new-policy.yaml
+  signet policy check --from shop/gateway --to shop/pay-0:8080 --method POST --path /api/v1/refunds
 
 Without -f and --cluster-dir it asks the agent about what is in force. With them it reads
 manifests, and an object of -f goes before one of the directory. Exits with 0 when the flow would
@@ -55,6 +56,21 @@ pub struct CheckArgs {
     /// As if it came in clear, though it would be tunnelled
     #[arg(long)]
     plaintext: bool,
+    /// With an HTTP request of this method (GET when another part of one is given)
+    #[arg(long, value_name = "method")]
+    method: Option<String>,
+    /// With a request for this path, normalised and without the query
+    #[arg(long, value_name = "path")]
+    path: Option<String>,
+    /// With a request to this host, with its port where the request names one
+    #[arg(long, value_name = "host")]
+    host: Option<String>,
+    /// With a request with this header; may be given several times
+    #[arg(long = "header", value_name = "NAME: VALUE")]
+    headers: Vec<String>,
+    /// With a request whose valid token says this: a JSON object with iss and sub
+    #[arg(long, value_name = "JSON")]
+    claims: Option<String>,
     /// Manifests to judge by, files or directories; may be given several times
     #[arg(short, long = "file", value_name = "FILE", num_args = 1..)]
     files: Vec<PathBuf>,
@@ -100,6 +116,11 @@ async fn live_answer(args: &CheckArgs) -> Result<CheckPolicyResponse, Failure> {
         to: args.to.clone(),
         protocol: args.protocol.clone(),
         plaintext: args.plaintext,
+        method: args.method.clone().unwrap_or_default(),
+        path: args.path.clone().unwrap_or_default(),
+        host: args.host.clone().unwrap_or_default(),
+        headers: args.headers.clone(),
+        claims: args.claims.clone().unwrap_or_default(),
     };
     let mut client = AdminClient::new(agent.channel.clone());
     sockets::within_time(agent, client.check_policy(request)).await
@@ -107,8 +128,18 @@ async fn live_answer(args: &CheckArgs) -> Result<CheckPolicyResponse, Failure> {
 
 fn offline_answer(args: &CheckArgs) -> Result<CheckPolicyResponse, Failure> {
     let domain = &args.trust_domain;
-    let question = Question::parse(&args.from, &args.to, &args.protocol, args.plaintext, domain)
-        .map_err(|message| Failure::new(Exit::Usage, message))?;
+    let usage = |message| Failure::new(Exit::Usage, message);
+    let mut question =
+        Question::parse(&args.from, &args.to, &args.protocol, args.plaintext, domain)
+            .map_err(usage)?;
+    question.request = AskedRequest::parse(
+        args.method.as_deref().unwrap_or_default(),
+        args.path.as_deref().unwrap_or_default(),
+        args.host.as_deref().unwrap_or_default(),
+        &args.headers,
+        args.claims.as_deref().unwrap_or_default(),
+    )
+    .map_err(usage)?;
     // The directory first: what is read later goes before it.
     let paths: Vec<PathBuf> = args.cluster_dir.iter().chain(&args.files).cloned().collect();
     let manifests = Manifests::read(&paths, &args.offline.root_namespace).map_err(unreadable)?;

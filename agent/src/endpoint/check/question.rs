@@ -31,7 +31,7 @@ impl Question {
             "udp" => proto::UDP,
             other => return Err(format!("{:?} is not tcp or udp", shorten(other))),
         };
-        Ok(Self { from: parse_from(from, domain)?, to, port, protocol, plaintext })
+        Ok(Self { from: parse_from(from, domain)?, to, port, protocol, plaintext, request: None })
     }
 }
 

@@ -3,6 +3,7 @@
 mod authorization;
 mod native;
 mod peer_authentication;
+mod requests;
 
 use std::path::Path;
 
@@ -104,6 +105,7 @@ pub(super) fn ask_for(world: &World, who: Who, to: &str, port: u16, protocol: u8
         port,
         protocol,
         plaintext: false,
+        request: None,
     };
     let answer = check(world, &Setting::default(), &question).unwrap();
     for side in &answer.sides {
@@ -165,6 +167,7 @@ fn what_is_no_pod_is_told() {
         port: 1,
         protocol: proto::TCP,
         plaintext: false,
+        request: None,
     };
     let error = check(&world, &Setting::default(), &question).unwrap_err();
     assert!(error.to_string().contains("no pod shop/nobody"), "{error}");
@@ -180,6 +183,7 @@ fn enforcement_off_and_audit_override_everything() {
         port: 80,
         protocol: proto::TCP,
         plaintext: false,
+        request: None,
     };
     let with = |enforcement, who| {
         let setting = Setting { enforcement, ..Setting::default() };

@@ -11,19 +11,7 @@ const NOW: i64 = 1_800_000_000;
 
 /// The end user of a token with these claims.
 pub(crate) fn user(claims: &Value) -> EndUser {
-    let text = |name: &str| claims[name].as_str().unwrap_or_default().to_owned();
-    let audiences = match &claims["aud"] {
-        Value::String(one) => vec![one.clone()],
-        Value::Array(many) => many.iter().map(|a| a.as_str().unwrap().to_owned()).collect(),
-        _ => Vec::new(),
-    };
-    EndUser {
-        issuer: text("iss"),
-        subject: text("sub"),
-        audiences,
-        claims: claims.as_object().unwrap().clone(),
-        spaced: Vec::new(),
-    }
+    EndUser::of_claims(claims.as_object().unwrap().clone()).unwrap()
 }
 
 fn part(value: &Value) -> String {

@@ -52,6 +52,49 @@ fn a_whole_policy() {
 }
 
 #[test]
+fn what_it_asks_of_requests() {
+    let policy = policy_of(
+        "  ingress:
+  - from: [{requestPrincipals: ['https://login.example/*'], notRequestPrincipals: ['*/bob']}]
+    http:
+    - {methods: [POST], paths: [/pay, '/v1/{*}'], hosts: [Pay.Shop]}
+    - {notPaths: ['/admin/*']}
+    headers: [{name: X-Tier, values: [gold], notValues: ['old*']}]
+    claims: [{path: [realm, role], values: [admin]}]
+    ports: [{port: 80}]
+",
+    )
+    .unwrap();
+    let rule = &policy.ingress[0];
+    assert!(rule.asks_requests());
+    assert_eq!(rule.to.len(), 2);
+    assert!(rule.to.iter().all(|to| to.ports[0].first == 80), "each entry has the ports");
+    assert_eq!(rule.to[0].operation.hosts, ["pay.shop".into()]);
+    assert_eq!(rule.to[0].operation.paths[1].as_str(), "/v1/{*}");
+    assert_eq!(rule.peers[0].request.principals[0].as_str(), "https://login.example/*");
+    let keys: Vec<String> = rule.when.iter().map(|c| format!("{c:?}")).collect();
+    assert!(keys[0].contains("x-tier") && keys[1].contains("\"realm\", \"role\""), "{keys:?}");
+    for (spec, wanted) in [
+        (
+            "http: [{methods: ['G T']}]",
+            "spec.ingress[0].http[0].methods[0]: \"G T\" is not a method",
+        ),
+        ("http: [{paths: ['/{**}/{*}']}]", "is not a path template"),
+        ("http: [{paths: [pay]}]", "can never match; a path begins with /"),
+        ("http: [{hosts: ['http://a']}]", "can never match; write a host"),
+        ("http: [{}]", "an empty entry; leave http out"),
+        ("headers: [{name: 'a b', values: [c]}]", "is not the name of a header"),
+        ("headers: [{values: [c]}]", "name the header"),
+        ("headers: [{name: a}]", "neither values nor notValues"),
+        ("claims: [{values: [a]}]", "write the claim's name"),
+        ("from: [{requestPrincipals: [alice]}]", "can never match; write issuer/subject"),
+    ] {
+        let error = policy_of(&format!("  ingress: [{{{spec}}}]\n")).unwrap_err().to_string();
+        assert!(error.contains(wanted), "{error}");
+    }
+}
+
+#[test]
 fn faults_name_line_field_value_and_remedy() {
     let cases = [
         (

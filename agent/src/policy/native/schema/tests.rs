@@ -125,8 +125,12 @@ fn document(is_cluster: bool, spec: &str) -> String {
 const EVERYTHING: &str = "{selector: {matchLabels: {app: x}}, action: Audit, ingress: [{from: \
      [{identities: ['*/sa/x'], notIdentities: [spiffe://a/b], namespaces: [a], notNamespaces: \
      ['b*'], serviceAccounts: [a/b], notServiceAccounts: [a/c], ipBlocks: [10.0.0.0/8], notIpBlocks: \
-     [10.1.0.0/16], trustDomains: [a.b], notTrustDomains: ['*']}], ports: [{port: 1, endPort: 2, \
-     protocol: TCP}], notPorts: [{protocol: UDP}], unauthenticated: true}], egress: [{to: [{services: \
+     [10.1.0.0/16], trustDomains: [a.b], notTrustDomains: ['*'], \
+     requestPrincipals: ['*'], notRequestPrincipals: [a/b]}], http: [{methods: [GET], notMethods: \
+     ['P*'], paths: [/a, '/b/{*}', '*/c'], notPaths: ['/b/{**}'], hosts: ['A.b:*'], notHosts: [c]}], \
+     headers: [{name: x-a, values: [b], notValues: [c]}], claims: [{path: [a, b], values: ['*']}], \
+     ports: [{port: 1, endPort: 2, protocol: TCP}], notPorts: [{protocol: UDP}], unauthenticated: \
+     true}], egress: [{to: [{services: \
      [a/b]}]}]}";
 
 #[test]
@@ -154,6 +158,19 @@ fn schema_and_reader_know_the_same_fields() {
         "{ingress: [{ports: [{port: 1, protocol: SCTP}]}]}",
         "{ingress: [{unauthenticated: 1}]}",
         "{ingress: {}}",
+        "{ingress: [{http: []}]}",
+        "{ingress: [{http: [{}]}]}",
+        "{ingress: [{http: [{method: [GET]}]}]}",
+        "{ingress: [{http: [{methods: []}]}]}",
+        "{ingress: [{http: [{paths: [a]}]}]}",
+        "{ingress: [{http: [{paths: ['/a?b']}]}]}",
+        "{ingress: [{headers: [{name: x-a}]}]}",
+        "{ingress: [{headers: [{values: [a], notValues: [b]}]}]}",
+        "{ingress: [{claims: [{path: [], values: [a]}]}]}",
+        "{ingress: [{claims: [{path: [''], values: [a]}]}]}",
+        // Requests are judged where they arrive.
+        "{egress: [{http: [{methods: [GET]}]}]}",
+        "{egress: [{to: [{requestPrincipals: ['*']}]}]}",
     ] {
         let text = document(false, spec);
         assert!(by_schema(&text, false).is_some(), "the schema takes {spec}");
