@@ -8,6 +8,7 @@ pub mod addresses;
 pub mod links;
 pub mod netlink;
 mod opener;
+mod stock;
 
 pub use opener::NetnsOpener;
 
@@ -25,6 +26,8 @@ pub struct NetnsFd {
     pub fd: OwnedFd,
     /// The namespace's cookie: unique since boot, never re-used.
     pub cookie: u64,
+    /// Sockets made in advance.
+    stock: stock::Stock,
 }
 
 impl NetnsFd {
@@ -34,7 +37,11 @@ impl NetnsFd {
     /// Where `/proc/self/ns/net` cannot be opened or the kernel is older than 5.14.
     pub fn of_this_process() -> io::Result<Self> {
         let fd = OwnedFd::from(std::fs::File::open("/proc/self/ns/net")?);
-        Ok(Self { fd, cookie: cookie_here()? })
+        Ok(Self::new(fd, cookie_here()?))
+    }
+
+    fn new(fd: OwnedFd, cookie: u64) -> Self {
+        Self { fd, cookie, stock: stock::Stock::default() }
     }
 
     /// (device, inode): equal for two descriptors of one live namespace. Inodes are re-used

@@ -4,8 +4,9 @@ use std::{
     io,
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
-    sync::{Arc, mpsc},
+    sync::{Arc, Weak, mpsc},
     thread,
+    time::{Duration, Instant},
 };
 
 use rustix::{
@@ -17,7 +18,7 @@ use rustix::{
 };
 use tokio::sync::oneshot;
 
-use super::{NetnsFd, cookie_here};
+use super::{NetnsFd, cookie_here, stock::Fill};
 
 /// Opens sockets inside pods' network namespaces; clones share one thread.
 ///
@@ -34,6 +35,8 @@ enum Request {
     Adopt(OwnedFd, oneshot::Sender<io::Result<NetnsFd>>),
     /// Make a socket.
     Socket(Arc<NetnsFd>, Make, oneshot::Sender<io::Result<OwnedFd>>),
+    /// Make TCP sockets in advance, of IPv6 or not.
+    Stock(Arc<NetnsFd>, bool),
 }
 
 /// Which socket.
@@ -62,9 +65,19 @@ impl NetnsOpener {
         answer.await.map_err(|_| stopped())?
     }
 
-    /// A TCP socket, non-blocking and close-on-exec, neither bound nor connected.
+    /// A TCP socket, non-blocking, close-on-exec and without delay of small segments, neither
+    /// bound nor connected. Where flows are many, it was made in advance.
     pub async fn tcp_socket(&self, netns: &Arc<NetnsFd>, ipv6: bool) -> io::Result<OwnedFd> {
-        self.make(netns, Make::Tcp { ipv6 }).await
+        let (ready, fill) = netns.stock.take(ipv6);
+        let made = match ready {
+            Some(socket) => Ok(socket),
+            None => self.make(netns, Make::Tcp { ipv6 }).await,
+        };
+        // After it: whoever waits does not wait for those of others.
+        if fill == Fill::Wanted {
+            self.send(Request::Stock(netns.clone(), ipv6))?;
+        }
+        made
     }
 
     /// A listening TCP socket, non-blocking and close-on-exec; port 0 takes a free one.
@@ -100,17 +113,44 @@ fn stopped() -> io::Error {
     io::Error::other("the thread that enters network namespaces has ended")
 }
 
+/// How often shelves are looked at that may have to be emptied.
+const TIDY_EVERY: Duration = Duration::from_secs(2);
+
 /// Serves requests until every [`NetnsOpener`] is gone.
 fn serve(queue: &mpsc::Receiver<Request>) {
+    let mut stocked: Vec<Weak<NetnsFd>> = Vec::new();
+    let mut due = Instant::now();
     // Whoever asked may have given up meanwhile: a failed reply only closes the socket.
-    while let Ok(request) = queue.recv() {
+    loop {
+        let wait = if stocked.is_empty() { Duration::MAX } else { TIDY_EVERY };
+        let request = match queue.recv_timeout(wait) {
+            Ok(request) => Some(request),
+            Err(mpsc::RecvTimeoutError::Timeout) => None,
+            Err(mpsc::RecvTimeoutError::Disconnected) => return,
+        };
+        if Instant::now() >= due {
+            stocked.retain(|netns| netns.upgrade().is_some_and(|netns| netns.stock.tidy()));
+            due = Instant::now() + TIDY_EVERY;
+        }
+        let Some(request) = request else { continue };
         match request {
             Request::Adopt(fd, reply) => {
                 let result = enter(&fd).and_then(|()| cookie_here());
-                let _ = reply.send(result.map(|cookie| NetnsFd { fd, cookie }));
+                let _ = reply.send(result.map(|cookie| NetnsFd::new(fd, cookie)));
             }
             Request::Socket(netns, make, reply) => {
                 let _ = reply.send(enter(&netns.fd).and_then(|()| open(&make)));
+            }
+            Request::Stock(netns, ipv6) => {
+                // An error is met again, and told, by who finds none.
+                let made = enter(&netns.fd).map(|()| {
+                    let each = (0..netns.stock.wanted(ipv6)).map(|_| open(&Make::Tcp { ipv6 }));
+                    each.map_while(Result::ok).collect()
+                });
+                netns.stock.fill(ipv6, made.unwrap_or_default());
+                if !stocked.iter().any(|known| known.as_ptr() == Arc::as_ptr(&netns)) {
+                    stocked.push(Arc::downgrade(&netns));
+                }
             }
         }
     }
@@ -123,7 +163,11 @@ fn enter(netns: &OwnedFd) -> io::Result<()> {
 
 fn open(make: &Make) -> io::Result<OwnedFd> {
     match *make {
-        Make::Tcp { ipv6 } => tcp(if ipv6 { AddressFamily::INET6 } else { AddressFamily::INET }),
+        Make::Tcp { ipv6 } => {
+            let socket = tcp(if ipv6 { AddressFamily::INET6 } else { AddressFamily::INET })?;
+            sockopt::set_tcp_nodelay(&socket, true)?;
+            Ok(socket)
+        }
         Make::Listener { address, backlog } => {
             let family = if address.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
             let socket = tcp(family)?;
@@ -191,6 +235,18 @@ mod tests {
         assert_eq!(super::super::cookie_of_socket(socket.as_fd()).unwrap(), there.cookie);
         let socket = opener.tcp_socket(&here, false).await.unwrap();
         assert_eq!(super::super::cookie_of_socket(socket.as_fd()).unwrap(), here.cookie);
+
+        // What was made in advance belongs there as well.
+        let made: Vec<OwnedFd> = {
+            let mut made = Vec::new();
+            for _ in 0..50 {
+                made.push(opener.tcp_socket(&there, true).await.unwrap());
+            }
+            made
+        };
+        for socket in &made {
+            assert_eq!(super::super::cookie_of_socket(socket.as_fd()).unwrap(), there.cookie);
+        }
 
         // A port that is taken here is free there.
         let listener = opener.tcp_listener(&here, "0.0.0.0:0".parse().unwrap(), 16).await.unwrap();

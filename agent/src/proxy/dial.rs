@@ -255,7 +255,6 @@ pub async fn connect(
         (plane.sockets.tcp)(&served.netns, destination.is_ipv6()).await.map_err(socket_error)?;
     let socket = TcpSocket::from_std_stream(fd.into());
     socket.bind(SocketAddr::new(source_ip, 0)).map_err(socket_error)?;
-    socket.set_nodelay(true).map_err(socket_error)?;
     let within = plane.config.connect_timeout;
     match timeout(within, socket.connect(destination)).await {
         Ok(Ok(stream)) => Ok(stream),

@@ -223,7 +223,7 @@ async fn accept(
     let mut trust_changes = plane.trust.subscribe();
     let tls = plane.certificates.server(&svid, &plane.trust)?;
     let (stream, certified) = tokio::select! {
-        done = tls.accept(tcp) => done?,
+        done = Box::pin(tls.accept(tcp)) => done?,
         () = served.cut.cancelled() => return Err(HboneError::Cut.into()),
     };
     drop(handshake);
@@ -316,8 +316,8 @@ impl Tunnel {
                 // A goodbye that is due comes before the next request: its client asks again.
                 biased;
                 () = control.cut.cancelled() => return Err(NativeError::Cut),
-                () = control.drain.cancelled() => return connection.goodbye().await,
-                () = sleep(settings.server_idle) => return connection.goodbye().await,
+                () = control.drain.cancelled() => return Box::pin(connection.goodbye()).await,
+                () = sleep(settings.server_idle) => return Box::pin(connection.goodbye()).await,
                 asked = connection.next(settings.preface_timeout) => match asked? {
                     Some(asked) => asked,
                     None => return Ok(()),
@@ -377,17 +377,17 @@ impl Tunnel {
             Err(refused) => {
                 // A peer that is slow to take its refusal holds nobody's place meanwhile.
                 drop((place, registration));
-                return self.refuse(incoming, records, &refused, state.revision).await;
+                return Box::pin(self.refuse(incoming, records, &refused, state.revision)).await;
             }
         };
         let delivered = tokio::select! {
-            delivered = deliver(
+            delivered = Box::pin(deliver(
                 &plane.sockets,
                 &self.served,
                 destination,
                 client,
                 plane.config.app_timeout,
-            ) => delivered.map_err(Refused::Delivery),
+            )) => delivered.map_err(Refused::Delivery),
             reason = registration.closed() => Err(Refused::Closed(reason)),
             () = incoming.abandoned() => {
                 Counters::add(&plane.counters.abandoned);
@@ -398,7 +398,8 @@ impl Tunnel {
             Ok(app) => app,
             Err(refused) => {
                 drop((place, registration));
-                return self.refuse(incoming, records, &refused, judgement.revision).await;
+                return Box::pin(self.refuse(incoming, records, &refused, judgement.revision))
+                    .await;
             }
         };
         let counts = Counts::default();

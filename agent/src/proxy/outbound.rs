@@ -176,8 +176,11 @@ pub async fn serve(core: Arc<Core>, served: Arc<Served>, app: TcpStream) {
         Err(refused) => return flow.refuse(app, records, refused, state.revision),
     };
     let mut early = Early::default();
+    // Boxed, here and where the server's end waits once: a flow that is open keeps no room for
+    // the steps that opened it.
+    let establishing = Box::pin(flow.establish(&admitted, &app, &mut early));
     let established = tokio::select! {
-        established = timeout(ESTABLISH_WITHIN, flow.establish(&admitted, &app, &mut early)) => match established {
+        established = timeout(ESTABLISH_WITHIN, establishing) => match established {
             Ok(established) => established,
             Err(_) => Err(Refused::TooLong(admitted.route.destination)),
         },

@@ -437,25 +437,32 @@ pub(super) fn poll_read_into(
 ) -> Poll<io::Result<usize>> {
     loop {
         ready!(socket.poll_read_ready(cx))?;
+        if let Some(n) = try_read_into(socket, buffer)? {
+            return Poll::Ready(Ok(n));
+        }
+    }
+}
+
+/// Reads what is there; zero at the end of the stream, `None` when nothing is.
+pub(super) fn try_read_into(socket: &TcpStream, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+    loop {
         let mut read = None;
         let size = buffer.len();
         let result = socket.try_io(Interest::READABLE, || {
-            match rustix::net::recv(socket, &mut *buffer, RecvFlags::empty()) {
-                Ok((n, _)) => {
-                    read = Some(n);
-                    // As in `poll_read`: a short read has emptied the socket.
-                    if n > 0 && n < size { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
-                }
-                Err(Errno::INTR) => Ok(()),
-                Err(error) => Err(error.into()),
-            }
+            let (n, _) = rustix::net::recv(socket, &mut *buffer, RecvFlags::empty())?;
+            read = Some(n);
+            // As in `poll_read`: a short read has emptied the socket.
+            if n > 0 && n < size { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
         });
         match (read, result) {
-            (Some(n), _) => return Poll::Ready(Ok(n)),
-            (None, Err(error)) if error.kind() != io::ErrorKind::WouldBlock => {
-                return Poll::Ready(Err(error));
-            }
-            (None, _) => {}
+            (Some(n), _) => return Ok(Some(n)),
+            (None, Err(error)) => match error.kind() {
+                io::ErrorKind::WouldBlock => return Ok(None),
+                io::ErrorKind::Interrupted => {}
+                _ => return Err(error),
+            },
+            // Never: without an error there was a read.
+            (None, Ok(())) => return Ok(None),
         }
     }
 }

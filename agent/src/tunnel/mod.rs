@@ -15,5 +15,5 @@ pub mod copy;
 pub mod hbone;
 pub mod native;
 pub mod pool;
-mod read_ahead;
+mod session;
 pub mod tls;

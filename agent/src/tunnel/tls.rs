@@ -1,4 +1,5 @@
-//! Mutual TLS between SVIDs: the only file that names rustls' connection types.
+//! Mutual TLS between SVIDs: beside `session.rs`, which moves the bytes, the only file that
+//! names rustls' connection types.
 //!
 //! TLS 1.3 only, both sides' certificates, ALPN demanded (`signet/1` before `h2`), no SNI, no
 //! resumption, no tickets, no early data. Every handshake has a verifier of its own, which holds the peer's
@@ -19,13 +20,13 @@ use rustls::{
     AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName,
     ServerConfig, SignatureScheme,
     client::{
-        Resumption,
+        Resumption, UnbufferedClientConnection,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     },
     crypto::{CryptoProvider, aws_lc_rs},
     pki_types::{CertificateDer, ServerName, UnixTime},
     server::{
-        NoServerSessionStorage,
+        NoServerSessionStorage, UnbufferedServerConnection,
         danger::{ClientCertVerified, ClientCertVerifier},
     },
     sign::{CertifiedKey, SingleCertAndKey},
@@ -36,9 +37,8 @@ use tokio::{
     net::TcpStream,
     time,
 };
-use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use super::read_ahead::ReadAhead;
+use super::session::{Session, Side};
 use crate::{
     config::values::TunnelWire,
     spiffe::{
@@ -54,8 +54,6 @@ const H2: &[u8] = b"h2";
 const NATIVE: &[u8] = b"signet/1";
 /// A handshake that takes longer has failed.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Ciphertext that may wait to be written, in bytes: one write takes a whole batch.
-const WRITE_BATCH: usize = 256 * 1024;
 
 /// The client's side, of one source identity.
 #[derive(Clone)]
@@ -226,7 +224,7 @@ pub enum TlsError {
 /// peer's close_notify is an error ([`io::ErrorKind::UnexpectedEof`]).
 #[derive(Debug)]
 pub struct TlsStream {
-    stream: tokio_rustls::TlsStream<ReadAhead<TcpStream>>,
+    session: Session<TcpStream>,
     wire: Wire,
 }
 
@@ -275,9 +273,10 @@ impl ClientTls {
         config.dangerous().set_certificate_verifier(Arc::clone(&verifier) as _);
         // Never sent (no SNI) and never verified: the identity is the SPIFFE ID.
         let address = tcp.peer_addr().map_err(TlsError::Io)?.ip();
-        let handshake = TlsConnector::from(Arc::new(config))
-            .connect(ServerName::IpAddress(address.into()), ReadAhead::new(tcp));
-        self.own.complete(handshake, &verifier, tokio_rustls::TlsStream::Client).await
+        let name = ServerName::IpAddress(address.into());
+        let client =
+            UnbufferedClientConnection::new(Arc::new(config), name).map_err(TlsError::Protocol)?;
+        self.own.complete(tcp, Side::Client(Box::new(client)), &verifier).await
     }
 }
 
@@ -312,8 +311,9 @@ impl ServerTls {
         let config = self
             .config(&verifier)
             .map_err(|problem| TlsError::OwnUnusable { id: self.own.id.clone(), problem })?;
-        let handshake = TlsAcceptor::from(Arc::new(config)).accept(ReadAhead::new(tcp));
-        self.own.complete(handshake, &verifier, tokio_rustls::TlsStream::Server).await
+        let server =
+            UnbufferedServerConnection::new(Arc::new(config)).map_err(TlsError::Protocol)?;
+        self.own.complete(tcp, Side::Server(Box::new(server)), &verifier).await
     }
 
     /// A configuration for one connection: rustls takes the client's verifier only when it
@@ -346,39 +346,36 @@ impl Own {
     }
 
     /// Runs a handshake to its end: a session with a verified peer, or the one reason.
-    async fn complete<S>(
+    async fn complete(
         &self,
-        handshake: impl Future<Output = io::Result<S>>,
+        tcp: TcpStream,
+        side: Side,
         verifier: &PeerVerifier,
-        stream: impl FnOnce(S) -> tokio_rustls::TlsStream<ReadAhead<TcpStream>>,
     ) -> Result<(TlsStream, PeerSvid), TlsError> {
-        let done = time::timeout(self.timeout, handshake)
+        let mut session = Session::new(tcp, side);
+        let done = time::timeout(self.timeout, session.handshake())
             .await
             .map_err(|_| TlsError::Timeout(self.timeout))?;
-        let (mut stream, peer) = match (done, verifier.take()) {
+        let peer = match (done, verifier.take()) {
             (_, Some(Err(refusal))) => return Err(refusal),
             (Err(e), _) => return Err(TlsError::of_io(e)),
-            (Ok(session), Some(Ok(peer))) => (stream(session), peer),
+            (Ok(()), Some(Ok(peer))) => peer,
             // A session whose peer nobody has verified must not exist.
-            (Ok(_), None) => return Err(TlsError::NoCertificate),
+            (Ok(()), None) => return Err(TlsError::NoCertificate),
         };
-        let wire = match stream.get_ref().1.alpn_protocol() {
+        let wire = match session.state().alpn_protocol() {
             Some(H2) => Wire::Hbone,
             Some(NATIVE) => Wire::Native,
             _ => return Err(TlsError::AlpnMissing),
         };
-        match &mut stream {
-            tokio_rustls::TlsStream::Client(s) => s.get_mut().1.set_buffer_limit(Some(WRITE_BATCH)),
-            tokio_rustls::TlsStream::Server(s) => s.get_mut().1.set_buffer_limit(Some(WRITE_BATCH)),
-        }
-        Ok((TlsStream { stream, wire }, peer))
+        Ok((TlsStream { session, wire }, peer))
     }
 }
 
 impl TlsStream {
     /// The socket below, for its addresses and options; reading or writing it breaks the session.
     pub fn tcp(&self) -> &TcpStream {
-        self.stream.get_ref().0.get_ref()
+        self.session.io()
     }
 
     /// What both sides have agreed that it carries.
@@ -393,7 +390,7 @@ impl AsyncRead for TlsStream {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        Pin::new(&mut self.session).poll_read(cx, buf)
     }
 }
 
@@ -403,7 +400,7 @@ impl AsyncWrite for TlsStream {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
+        Pin::new(&mut self.session).poll_write(cx, buf)
     }
 
     fn poll_write_vectored(
@@ -411,19 +408,19 @@ impl AsyncWrite for TlsStream {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+        Pin::new(&mut self.session).poll_write_vectored(cx, bufs)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        self.session.is_write_vectored()
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        Pin::new(&mut self.session).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        Pin::new(&mut self.session).poll_shutdown(cx)
     }
 }
 
@@ -685,4 +682,4 @@ fn provider() -> Arc<CryptoProvider> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

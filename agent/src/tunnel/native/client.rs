@@ -17,7 +17,11 @@ use super::{
     frame::{Kind, Open, Status},
     link::{Event, Link, NativeError},
 };
-use crate::tunnel::hbone::head::Refusal;
+use crate::tunnel::{
+    buffers::{Buffer, SMALLEST},
+    copy::try_read_into,
+    hbone::head::Refusal,
+};
 
 /// Bytes that the application may have said before the answer, which are kept to be said
 /// again on another connection.
@@ -48,20 +52,17 @@ impl Early {
     fn read(&mut self, app: &TcpStream) -> std::io::Result<bool> {
         let before = (self.bytes.len(), self.end);
         while self.bytes.len() < EARLY && !self.end {
-            let room = (EARLY - self.bytes.len()).min(4 << 10);
-            self.bytes.reserve(room);
-            let mut part = [0; 4 << 10];
-            match app.try_read(&mut part[..room]) {
-                Ok(0) => self.end = true,
-                Ok(n) => {
-                    self.bytes.extend(&part[..n]);
+            let mut part = Buffer::take(SMALLEST);
+            let room = (EARLY - self.bytes.len()).min(part.len());
+            match try_read_into(app, &mut part[..room])? {
+                Some(0) => self.end = true,
+                Some(n) => {
+                    self.bytes.extend_from_slice(&part[..n]);
                     if n < room {
                         break;
                     }
                 }
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                None => break,
             }
         }
         Ok((self.bytes.len(), self.end) != before)

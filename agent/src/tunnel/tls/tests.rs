@@ -13,6 +13,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
 };
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::*;
 use crate::spiffe::{
@@ -20,7 +21,7 @@ use crate::spiffe::{
     forge::{Forged, Forger, valid},
 };
 
-const WEB: &str = "spiffe://td/ns/shop/sa/web";
+pub(in crate::tunnel) const WEB: &str = "spiffe://td/ns/shop/sa/web";
 const API: &str = "spiffe://td/ns/shop/sa/api";
 const SOON: Duration = Duration::from_millis(300);
 
@@ -128,7 +129,7 @@ impl rustls::server::ResolvesServerCert for Shows {
 }
 
 /// A plain rustls client that shows `forged`, to be made hostile.
-fn raw_client(forged: Forged) -> ClientConfig {
+pub(in crate::tunnel) fn raw_client(forged: Forged) -> ClientConfig {
     let mut config = ClientConfig::builder_with_provider(aws_lc_rs::default_provider().into())
         .with_safe_default_protocol_versions()
         .unwrap()
@@ -140,7 +141,7 @@ fn raw_client(forged: Forged) -> ClientConfig {
 }
 
 /// A plain rustls server that shows `forged`, to be made hostile.
-fn raw_server(forged: Forged) -> ServerConfig {
+pub(in crate::tunnel) fn raw_server(forged: Forged) -> ServerConfig {
     let mut config = ServerConfig::builder_with_provider(aws_lc_rs::default_provider().into())
         .with_safe_default_protocol_versions()
         .unwrap()
@@ -197,7 +198,7 @@ async fn a_session_carries_bytes_both_ways_and_names_both_peers() {
     assert!((3500..=3600).contains(&left), "{left}");
     assert_eq!(here.tcp().peer_addr().unwrap(), there.tcp().local_addr().unwrap());
 
-    let session = here.stream.get_ref().1;
+    let session = here.session.state();
     assert_eq!(session.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
     let suite = session.negotiated_cipher_suite().unwrap().suite();
     assert_eq!(suite, rustls::CipherSuite::TLS13_AES_128_GCM_SHA256);
