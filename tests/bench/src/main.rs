@@ -7,6 +7,7 @@ mod certificates;
 mod data_path;
 mod policy_compile;
 mod results;
+mod tls_records;
 
 use std::path::PathBuf;
 
@@ -56,6 +57,8 @@ enum Case {
     FirstByte,
     /// Memory of an agent, idle and a connection with 1,000 open.
     Memory,
+    /// rustls alone: its buffered and its unbuffered interface.
+    TlsRecords,
     /// Milliseconds to read and compile policies at three sizes, and after one change.
     PolicyCompile,
 }
@@ -71,7 +74,7 @@ impl Case {
             Self::Connections => Some(DataPath::Connections(16)),
             Self::FirstByte => Some(DataPath::FirstByte),
             Self::Memory => Some(DataPath::Memory(1000)),
-            Self::Certificates | Self::AgentStart | Self::PolicyCompile => None,
+            Self::Certificates | Self::AgentStart | Self::TlsRecords | Self::PolicyCompile => None,
         }
     }
 }
@@ -89,6 +92,7 @@ fn main() -> Result<()> {
         match case {
             Case::Certificates => certificates::run(arguments.quick, &mut results)?,
             Case::AgentStart => agent_start::run(arguments.quick, &mut results)?,
+            Case::TlsRecords => tls_records::run(arguments.quick, &mut results)?,
             Case::PolicyCompile => policy_compile::run(arguments.quick, &mut results)?,
             // Interleaved with one another, above.
             Case::Bulk1
