@@ -166,6 +166,8 @@ pub mod pod {
     pub const CLOSED: u8 = 1 << 1;
     /// Protocols other than TCP and UDP are refused.
     pub const DENY_OTHER: u8 = 1 << 2;
+    /// Policies ask about HTTP requests: what comes in in clear goes through the agent's judge.
+    pub const JUDGED: u8 = 1 << 3;
 }
 
 /// A registered pod; key: the cookie of its network namespace.

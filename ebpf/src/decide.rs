@@ -59,7 +59,7 @@ pub struct Flow {
 pub enum Action {
     /// Nothing: not ours to judge, or judged and let through as it is.
     Pass,
-    /// Steer it into the agent's listener.
+    /// Steer it into the agent's listener: into a tunnel, or what came in to its judge.
     Tunnel,
     /// Refuse it with the errno of [`Decision::errno`] (a drop where there is no errno).
     Refuse,
@@ -408,6 +408,16 @@ pub fn decide_egress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
     }
 }
 
+/// True when requests to the pod are judged by the agent, which is there to do it. Without it
+/// the kernel's own entries decide, which hold no rule about requests and fail closed.
+#[inline(always)]
+fn is_judged(entry: &PodEntry, config: &Config) -> bool {
+    let wanted = pod::JUDGED | pod::READY;
+    entry.flags & wanted == wanted
+        && Mode::from_u8(entry.mode).is_enforced()
+        && config.enforcement == enforcement::ENFORCE
+}
+
 /// What arrives at a pod from outside its network namespace (sk_lookup, cgroup_skb ingress).
 #[inline(always)]
 pub fn decide_ingress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
@@ -465,6 +475,16 @@ pub fn decide_ingress<M: PolicyMaps>(maps: &M, flow: &Flow) -> Decision {
         };
         if plaintext_refused && !maps.is_exempt(flow.netns, flow.local_port, flow.protocol) {
             return conclude(entry, config, identity, Reason::PlaintextRefused, 0, NO_POLICY);
+        }
+        if is_judged(entry, config) && !maps.is_exempt(flow.netns, flow.local_port, flow.protocol) {
+            // The proxy judges what is requested, and records it.
+            return Decision {
+                action: Action::Tunnel,
+                remote_identity: identity,
+                mode,
+                revision: entry.revision,
+                ..Decision::UNTOUCHED
+            };
         }
     } else if flow.protocol != proto::UDP {
         return other_protocol(entry, config, identity, 0);

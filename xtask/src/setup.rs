@@ -27,8 +27,16 @@ const PROGRAMS: &[(&str, &str, &str)] = &[
     ("chromium", "chromium", "shows the page of signet ui to its tests"),
     ("tmux", "tmux", "is the terminal of signet top in its tests"),
     ("kubectl", "kubernetes-client", "builds the manifests for their check"),
+    ("wrk", "wrk", "loads the judge of HTTP requests in its test"),
     ("python3", "python3 python3-venv", "plays others' SPIFFE clients and odd ones in the tests"),
 ];
+
+/// Modules of Debian's own Python, each with its package: others' gRPC and websockets.
+const PYTHON_MODULES: &[(&str, &str)] =
+    &[("grpc", "python3-grpcio"), ("websockets", "python3-websockets")];
+
+/// Where Debian's packages of Python modules are.
+const DIST_PACKAGES: &str = "/usr/lib/python3/dist-packages";
 
 /// Sets of packages that bring a compiler with the source of `core`, best first.
 const COMPILER_PACKAGES: &[[&str; 3]] =
@@ -38,6 +46,7 @@ const COMPILER_PACKAGES: &[[&str; 3]] =
 pub fn run(workspace: &Workspace) -> anyhow::Result<Toolchain> {
     let mut apt = Apt::default();
     programs(&mut apt)?;
+    python_modules(&mut apt)?;
     monitoring::install(workspace)?;
     let compiler = compiler(&mut apt)?;
     let bpf_linker = match toolchain::find_bpf_linker() {
@@ -85,6 +94,18 @@ fn programs(apt: &mut Apt) -> anyhow::Result<()> {
             "`{program}` is still missing after installing {package}: put it into PATH"
         ))),
     }
+}
+
+/// Finds or installs what the tests' Python programs import.
+fn python_modules(apt: &mut Apt) -> anyhow::Result<()> {
+    let is_missing = |module: &str| !Path::new(DIST_PACKAGES).join(module).is_dir();
+    let missing = PYTHON_MODULES.iter().filter(|(module, _)| is_missing(module));
+    let packages: Vec<&str> = missing.map(|(_, package)| *package).collect();
+    if packages.is_empty() {
+        return Ok(());
+    }
+    eprintln!("setup: Python modules are missing (packages {})", packages.join(", "));
+    apt.install(&packages)
 }
 
 fn have(program: &str) -> bool {

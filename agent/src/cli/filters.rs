@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use super::exit::{Exit, Failure};
 use crate::{
     flow::Via,
-    observer::labels::LabelSelector,
+    observer::{filter::status_of, labels::LabelSelector},
     proto::flow::{self, FlowFilter},
     telemetry::{names, reason},
 };
@@ -104,6 +104,15 @@ pub struct FilterArgs {
     /// ingress or egress, as the reporting pod sees it
     #[arg(long, value_name = "direction")]
     direction: Vec<String>,
+    /// Requests with this HTTP method
+    #[arg(long, value_name = "method")]
+    http_method: Vec<String>,
+    /// Requests whose path the regular expression is found in
+    #[arg(long, value_name = "regex")]
+    http_path: Vec<String>,
+    /// Requests answered with this status (404), or with one that begins so (5+)
+    #[arg(long, value_name = "status")]
+    http_status: Vec<String>,
     /// One flow, by the identifier that both ends share
     #[arg(long, value_name = "uuid")]
     uuid: Vec<String>,
@@ -121,7 +130,7 @@ pub struct Term {
     value: String,
 }
 
-const KINDS: [&str; 28] = [
+const KINDS: [&str; 31] = [
     "namespace",
     "from_namespace",
     "to_namespace",
@@ -148,6 +157,9 @@ const KINDS: [&str; 28] = [
     "policy",
     "via",
     "direction",
+    "http_method",
+    "http_path",
+    "http_status",
     "uuid",
     "node",
 ];
@@ -254,6 +266,15 @@ impl Term {
             "uuid" => {
                 uuid::Uuid::parse_str(&value).map_err(|_| bad("the identifier of a flow"))?;
                 filter.uuid.push(value.to_ascii_lowercase());
+            }
+            "http_method" => filter.http_method.push(value),
+            "http_path" => {
+                regex::Regex::new(&value).map_err(|_| bad("a regular expression"))?;
+                filter.http_path.push(value);
+            }
+            "http_status" => {
+                status_of(value.clone()).map_err(|_| bad("an HTTP status (404, 5+)"))?;
+                filter.http_status_code.push(value);
             }
             "identity" => filter.any_identity.push(value),
             "port" => {
@@ -378,6 +399,8 @@ mod tests {
             (["--via", "pigeon"], "--via: \"pigeon\""),
             (["--direction", "up"], "--direction: \"up\""),
             (["--uuid", "7"], "--uuid: \"7\""),
+            (["--http-status", "4xx"], "--http-status: \"4xx\""),
+            (["--http-path", "/("], "--http-path: \"/(\""),
         ] {
             let failure = parse(&args).unwrap_err();
             assert_eq!(failure.exit, Exit::Usage);

@@ -9,7 +9,7 @@ use signet_ebpf::abi::Direction;
 
 use super::table::printable;
 use crate::{
-    flow::{FlowEvent, FlowRecord, Party},
+    flow::{FlowEvent, FlowRecord, HttpRecord, Party},
     observer::decode::SeenFlow,
     telemetry::names,
 };
@@ -76,6 +76,9 @@ pub fn compact(seen: &SeenFlow) -> String {
         let seconds = duration.as_secs_f64();
         line.push_str(&format!(" sent={sent} received={received} duration={seconds:.3}s"));
     }
+    if let Some(http) = &r.http {
+        line.push_str(&format!(" {}", request(http)));
+    }
     for (key, value) in &seen.extra {
         line.push_str(&format!(" {}={}", printable(key), pair_value(value)));
     }
@@ -93,7 +96,10 @@ pub fn row(seen: &SeenFlow, wide: bool) -> Vec<String> {
         names::protocol(r.protocol),
         r.via.name().into(),
         verdict(r).into(),
-        printable(&seen.reason),
+        match &r.http {
+            Some(http) => format!("{}: {}", printable(&seen.reason), request(http)),
+            None => printable(&seen.reason),
+        },
         policy(r, false),
     ];
     if wide {
@@ -147,6 +153,13 @@ pub fn json(seen: &SeenFlow) -> serde_json::Result<String> {
         source: PartyJson::of(&r.source),
         destination: PartyJson::of(&r.destination),
         end,
+        http: r.http.as_deref().map(|http| HttpJson {
+            method: &http.method,
+            path: &http.path,
+            version: http.version,
+            status: http.status,
+            latency_seconds: http.latency.as_secs_f64(),
+        }),
         extra: seen.extra.iter().map(|(k, v)| (k.clone(), v.clone().into())).collect(),
     })
 }
@@ -172,6 +185,8 @@ struct FlowJson<'a> {
     destination: PartyJson<'a>,
     #[serde(flatten)]
     end: Option<EndJson>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    http: Option<HttpJson<'a>>,
     #[serde(skip_serializing_if = "serde_json::Map::is_empty")]
     extra: serde_json::Map<String, serde_json::Value>,
 }
@@ -181,6 +196,17 @@ struct PolicyJson<'a> {
     kind: &'a str,
     namespace: &'a str,
     name: &'a str,
+}
+
+/// One HTTP request.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct HttpJson<'a> {
+    method: &'a str,
+    path: &'a str,
+    version: &'static str,
+    status: u16,
+    latency_seconds: f64,
 }
 
 #[derive(Serialize)]
@@ -235,6 +261,14 @@ fn verdict(record: &FlowRecord) -> &'static str {
         FlowEvent::Verdict => names::verdict(record.verdict),
         FlowEvent::End { .. } => "END",
     }
+}
+
+/// `GET /path 403 0.4ms`; the status is `-` where the application gave none.
+fn request(http: &HttpRecord) -> String {
+    let status = if http.status == 0 { "-".to_owned() } else { http.status.to_string() };
+    let milliseconds = http.latency.as_secs_f64() * 1e3;
+    let (method, path) = (printable(&http.method), printable(&http.path));
+    format!("{method} {path} {status} {milliseconds:.1}ms")
 }
 
 /// `namespace/pod`, else the address.

@@ -269,7 +269,7 @@ spec: {rules: [{from: [{source: {principals: [cluster.local/ns/shop/sa/front]}}]
         std::fs::write(&switch, "enforcement: audit").unwrap();
         assert_eq!(in_dir(&["--to", "shop/db:5432"]), Exit::Done);
         std::fs::remove_file(&switch).unwrap();
-        let other = text.replace("kind: AuthorizationPolicy", "kind: RequestAuthentication");
+        let other = text.replace("kind: AuthorizationPolicy", "kind: Telemetry");
         std::fs::write(file, other).unwrap();
         assert_eq!(in_dir(&["--to", "shop/db:5432"]), Exit::Done);
         assert_eq!(in_dir(&["--to", "shop/db:5432", "--default-action", "deny"]), Exit::No);

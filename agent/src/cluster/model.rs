@@ -9,6 +9,7 @@ use std::{
     sync::Arc,
 };
 
+use http::HeaderName;
 use ipnet::IpNet;
 use signet_ebpf::abi::Mode;
 
@@ -212,8 +213,19 @@ pub struct Namespace {
     pub default_deny: bool,
     /// Annotation `signet.dev/exempt-inbound-ports`.
     pub exempt_ports: Arc<[ExemptPort]>,
+    /// Annotation `signet.dev/identity-headers`.
+    pub identity_headers: IdentityHeaders,
     /// All of its labels.
     pub labels: BTreeMap<Arc<str>, Arc<str>>,
+}
+
+/// Which headers tell an application, request by request, who its client is.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct IdentityHeaders {
+    /// `x-forwarded-client-cert`, in Envoy's form.
+    pub client_cert: bool,
+    /// A header with the SPIFFE ID alone.
+    pub plain: Option<HeaderName>,
 }
 
 /// A port on which plaintext is accepted in `strict`.

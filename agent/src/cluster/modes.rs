@@ -8,10 +8,11 @@ use std::{
     sync::Arc,
 };
 
+use http::HeaderName;
 use signet_ebpf::abi::Mode;
 
 use super::{
-    model::{ExemptPort, ModeOrigin, Namespace, PodUid},
+    model::{ExemptPort, IdentityHeaders, ModeOrigin, Namespace, PodUid},
     objects::{LABEL_PREFIX, Labels, NamespaceFacts, PodFacts},
 };
 use crate::config::yaml::{nearest, shorten};
@@ -26,6 +27,9 @@ pub const DEFAULT: &str = "signet.dev/default";
 pub const SAME_NODE: &str = "signet.dev/same-node";
 /// Annotation: ports that take plaintext in strict.
 pub const EXEMPT_PORTS: &str = "signet.dev/exempt-inbound-ports";
+
+/// Annotation: which headers tell applications who their client is.
+pub const IDENTITY_HEADERS: &str = "signet.dev/identity-headers";
 
 /// Ports in one [`EXEMPT_PORTS`].
 const MAX_EXEMPT_PORTS: usize = 64;
@@ -122,9 +126,12 @@ pub fn check_namespace(labels: &Labels, annotations: &Labels) -> Vec<LabelFault>
     check(labels, DEFAULT, parse_default(&value(labels, DEFAULT)).err());
     check(labels, SAME_NODE, check_same_node(&value(labels, SAME_NODE)));
     check(annotations, EXEMPT_PORTS, parse_exempt(&value(annotations, EXEMPT_PORTS)).err());
+    let headers = parse_identity_headers(&value(annotations, IDENTITY_HEADERS)).err();
+    check(annotations, IDENTITY_HEADERS, headers);
     let known = [MODE, ALLOW_POD_OVERRIDE, DEFAULT, SAME_NODE];
     faults.extend(unknown_keys(labels, &known, "label"));
-    faults.extend(unknown_keys(annotations, &[EXEMPT_PORTS], "annotation"));
+    let known = [EXEMPT_PORTS, IDENTITY_HEADERS];
+    faults.extend(unknown_keys(annotations, &known, "annotation"));
     faults
 }
 
@@ -163,6 +170,33 @@ fn unknown_keys<'a>(
         })
 }
 
+/// `xfcc`, the name of one header, or both.
+fn parse_identity_headers(text: &str) -> Result<IdentityHeaders, String> {
+    let mut headers = IdentityHeaders::default();
+    for name in text.split(',').map(str::trim) {
+        if name == "xfcc" {
+            headers.client_cert = true;
+            continue;
+        }
+        // An own header: none that means something to servers, in one spelling.
+        let is_own = name.starts_with("x-")
+            && name.len() <= 64
+            && !name.starts_with("x-forwarded-")
+            && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+        let own = HeaderName::from_bytes(name.as_bytes()).ok().filter(|_| is_own);
+        let own = own.ok_or_else(|| {
+            format!(
+                "{:?} is neither xfcc nor the name of a header that begins with x-, in lower case",
+                shorten(name)
+            )
+        })?;
+        if headers.plain.replace(own).is_some() {
+            return Err(format!("{:?} names two headers beside xfcc; write one", shorten(text)));
+        }
+    }
+    Ok(headers)
+}
+
 /// Last valid values.
 #[derive(Clone, Debug, Default)]
 pub struct LabelMemory {
@@ -182,6 +216,7 @@ impl LabelMemory {
     pub fn namespace(&mut self, facts: &NamespaceFacts) -> (Namespace, ModeOrigin) {
         let last = self.namespaces.get(&facts.name);
         let label = |key: &str| facts.labels.get(key).map(AsRef::as_ref);
+        let annotation = |key: &str| facts.annotations.get(key).map(AsRef::as_ref);
         let (mode, origin) = match label(MODE).map(parse_mode) {
             None => (Mode::Off, ModeOrigin::Default),
             Some(Ok(mode)) => (mode, ModeOrigin::Namespace),
@@ -211,6 +246,11 @@ impl LabelMemory {
                 Some(Err(_)) => {
                     last.map_or_else(|| Arc::from([]), |last| last.exempt_ports.clone())
                 }
+            },
+            identity_headers: match annotation(IDENTITY_HEADERS).map(parse_identity_headers) {
+                None => IdentityHeaders::default(),
+                Some(Ok(headers)) => headers,
+                Some(Err(_)) => last.map(|last| last.identity_headers.clone()).unwrap_or_default(),
             },
             labels: facts.all_labels.clone(),
         };
@@ -401,6 +441,29 @@ mod tests {
         // Without a label it is the namespace's, and the memory is gone.
         assert_eq!(memory.pod(&pod(None), Some(&ns)).0, Mode::Observe);
         assert_eq!(memory.pod(&pod(Some("x")), Some(&ns)).0, Mode::Strict);
+    }
+
+    #[test]
+    fn identity_headers_are_xfcc_and_one_other() {
+        let read = |text| parse_identity_headers(text).map_err(drop);
+        let plain = |name| Some(HeaderName::from_static(name));
+        for (text, client_cert, own) in [
+            ("xfcc", true, None),
+            ("x-signet-identity", false, plain("x-signet-identity")),
+            ("xfcc, x-caller", true, plain("x-caller")),
+        ] {
+            assert_eq!(read(text), Ok(IdentityHeaders { client_cert, plain: own }), "{text}");
+        }
+        let bad = ["", "host", "x-a, x-b", "X-Caller", "x_caller", "x-forwarded-for", "x-a b"];
+        for text in bad {
+            assert_eq!(read(text), Err(()), "{text}");
+        }
+        let mut memory = LabelMemory::default();
+        let kept = |memory: &mut LabelMemory, text| {
+            memory.namespace(&namespace(&[], &[(IDENTITY_HEADERS, text)])).0.identity_headers
+        };
+        assert!(kept(&mut memory, "xfcc").client_cert);
+        assert!(kept(&mut memory, "nonsense").client_cert, "the last valid value is kept");
     }
 
     #[test]

@@ -117,6 +117,7 @@ fn end_records(closed: &ClosedFlows, state: &NodeState, now: Timestamp) -> Vec<F
             policy: None,
             revision: closed.revision,
             extra: vec![("cause", crate::telemetry::reason::name(flow.reason).to_owned())],
+            http: None,
             source,
             destination,
         }

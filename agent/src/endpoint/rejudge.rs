@@ -183,6 +183,9 @@ impl Verdicts<'_> {
         );
         match decision.action {
             Action::Refuse if close == Close::NotAsDialledNow || by_policy => Some(decision.reason),
+            // It reached the application past the judge of its requests. (Where the kernel tells
+            // no cgroup, the judge's own sockets cannot be told from the application's.)
+            Action::Tunnel if ingress && socket.cgroup.is_some() => Some(Reason::RightWithdrawn),
             // It is in clear, and would not be any more.
             Action::Tunnel if close == Close::NotAsDialledNow => Some(Reason::PlaintextRefused),
             _ => None,
@@ -357,6 +360,26 @@ mod tests {
         let loses = |remote| verdicts.loses(7, &socket(remote), false, Close::Denied);
         assert_eq!(loses("192.0.2.1:443"), Some(Reason::PolicyDeny));
         assert_eq!(loses("192.0.2.1:80"), None);
+    }
+
+    #[test]
+    fn a_flow_that_the_judge_has_not_seen_is_closed() {
+        let (mut tables, attested) = (tables(), HashSet::new());
+        let flags = signet_ebpf::abi::pod::READY;
+        let entry = tables.pods.get_mut(&7).unwrap();
+        (entry.mode, entry.flags) = (Mode::Permissive as u8, flags);
+        let mut seen = socket("10.0.0.2:50000");
+        seen.cgroup = Some(1);
+        let loses = |tables: &Tables, socket: &TcpSocket| {
+            Verdicts::new(tables, &attested).loses(7, socket, true, Close::Denied)
+        };
+        assert_eq!(loses(&tables, &seen), None, "control: nobody asks about requests");
+        tables.pods.get_mut(&7).unwrap().flags |= signet_ebpf::abi::pod::JUDGED;
+        assert_eq!(loses(&tables, &seen), Some(Reason::RightWithdrawn));
+        assert_eq!(loses(&tables, &socket("10.0.0.2:50000")), None, "whose it is is not known");
+        let exempt = ExemptKey { netns: 7, port: 40000, protocol: proto::TCP, pad: [0; 5] };
+        tables.exempt.insert(exempt, 1);
+        assert_eq!(loses(&tables, &seen), None, "control: an exempt port");
     }
 
     #[test]

@@ -91,6 +91,8 @@ impl Line {
         match (&record.event, record.verdict) {
             (FlowEvent::Verdict, Verdict::Dropped) => Some(Self::Failed),
             (FlowEvent::Verdict, Verdict::Audit) => Some(Self::Audited),
+            // Its flow has a line; what was refused of it has one of its own.
+            (FlowEvent::Verdict, Verdict::Forwarded) if record.http.is_some() => None,
             (FlowEvent::Verdict, Verdict::Forwarded) => direct.then_some(Self::Passed),
             (FlowEvent::End { .. }, _) => Some(Self::Complete),
         }

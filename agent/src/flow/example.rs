@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use signet_ebpf::abi::{Direction, Mode, Reason, Verdict};
 use uuid::Uuid;
 
-use super::record::{FlowEvent, FlowRecord, KnownBy, Party, Reporter, Via};
+use super::record::{FlowEvent, FlowRecord, HttpRecord, KnownBy, Party, Reporter, Via};
 use crate::{
     cluster::model::{ModeOrigin, ObjectName, Pod, Workload},
     endpoint::state::{EndpointKey, EndpointState},
@@ -57,6 +57,7 @@ pub(crate) fn allowed() -> FlowRecord {
         }),
         revision: 118,
         extra: vec![],
+        http: None,
         source: Party {
             labels: Arc::new(BTreeMap::from([("app".into(), "frontend".into())])),
             workload: Some(Workload { kind: "Deployment".into(), name: "frontend".into() }),
@@ -102,6 +103,23 @@ pub(crate) fn refused() -> FlowRecord {
         policy: None,
         extra: vec![("mode", "strict".into())],
         source: Party::unknown("10.9.0.7:39990".parse().unwrap()),
+        ..allowed()
+    }
+}
+
+/// A request of [`allowed`] that policy refuses.
+pub(crate) fn request_refused() -> FlowRecord {
+    FlowRecord {
+        time: at(5102),
+        verdict: Verdict::Dropped,
+        reason: Reason::PolicyNoMatch,
+        http: Some(Box::new(HttpRecord {
+            method: "GET".into(),
+            path: "/api/v1/admin".into(),
+            version: "HTTP/1.1",
+            status: 403,
+            latency: std::time::Duration::from_micros(350),
+        })),
         ..allowed()
     }
 }

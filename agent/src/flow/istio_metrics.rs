@@ -20,7 +20,9 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use prometheus_client::metrics::{counter::Counter, exemplar::CounterWithExemplar, family::Family};
+use prometheus_client::metrics::{
+    counter::Counter, exemplar::CounterWithExemplar, family::Family, histogram::Histogram,
+};
 use signet_ebpf::abi::{Reason, Verdict};
 
 use super::record::{FlowEvent, FlowRecord, KnownBy, Party, Reporter, Via};
@@ -35,8 +37,15 @@ const UNKNOWN: &str = "unknown";
 /// IANA's number of TCP.
 const TCP: u8 = 6;
 
+/// Buckets of request durations.
+const MILLISECONDS: [f64; 20] = [
+    0.5, 1.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1e3, 2.5e3, 5e3, 1e4, 3e4, 6e4, 3e5, 6e5,
+    1.8e6, 3.6e6, 7.2e6,
+];
+
 type Labels = Vec<(&'static str, Arc<str>)>;
 type Counts = Family<Labels, Counter>;
+type Durations = Family<Labels, Histogram, fn() -> Histogram>;
 type CountsWithFlow = Family<Labels, CounterWithExemplar<[(&'static str, String); 1]>>;
 /// Namespace and name.
 type PodName = (Arc<str>, Arc<str>);
@@ -45,8 +54,10 @@ type PodName = (Arc<str>, Arc<str>);
 #[derive(Clone, Debug, Default)]
 pub struct IstioMetrics(Arc<Shared>);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
+    requests: Counts,
+    durations: Durations,
     opened: CountsWithFlow,
     closed: Counts,
     failed: CountsWithFlow,
@@ -54,6 +65,23 @@ struct Shared {
     received: Counts,
     left_out: AtomicU64,
     series: Mutex<HashMap<Key, Series>>,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Self {
+            requests: Counts::default(),
+            // Istio's own buckets, milliseconds.
+            durations: Family::new_with_constructor(|| Histogram::new(MILLISECONDS)),
+            opened: Family::default(),
+            closed: Family::default(),
+            failed: Family::default(),
+            sent: Family::default(),
+            received: Family::default(),
+            left_out: AtomicU64::new(0),
+            series: Mutex::default(),
+        }
+    }
 }
 
 /// What tells one series from another; cheap to make from a record.
@@ -66,6 +94,8 @@ struct Key {
     destination: Side,
     /// `namespace/name`.
     service: Option<Arc<str>>,
+    /// Of requests: the protocol and the status.
+    request: Option<(&'static str, u16)>,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -91,7 +121,13 @@ struct Series {
 impl IstioMetrics {
     /// Adds them to what is served, under Istio's own names.
     pub fn register(&self, metrics: &mut Metrics) {
-        let Shared { opened, closed, failed, sent, received, .. } = &*self.0;
+        let Shared { requests, durations, opened, closed, failed, sent, received, .. } = &*self.0;
+        metrics.foreign("istio_requests", "HTTP requests that were judged", requests.clone());
+        metrics.foreign(
+            "istio_request_duration_milliseconds",
+            "From a judged request's head to its answer's",
+            durations.clone(),
+        );
         metrics.foreign("istio_tcp_connections_opened", "Connections opened", opened.clone());
         metrics.foreign("istio_tcp_connections_closed", "Connections closed", closed.clone());
         metrics.foreign("istio_tcp_connections_failed", "Connections refused", failed.clone());
@@ -115,6 +151,14 @@ impl IstioMetrics {
             return;
         }
         let shared = &*self.0;
+        if let Some(http) = &record.http {
+            if let Some(labels) = self.labels_of(record) {
+                shared.requests.get_or_create(&labels).inc();
+                let milliseconds = http.latency.as_secs_f64() * 1e3;
+                shared.durations.get_or_create(&labels).observe(milliseconds);
+            }
+            return;
+        }
         let flow =
             || (Some([("flow", record.uuid.to_string())]), Some(SystemTime::from(record.time)));
         match (&record.event, record.verdict) {
@@ -157,7 +201,8 @@ impl IstioMetrics {
             }
             shared.opened.remove(&series.labels);
             shared.failed.remove(&series.labels);
-            for counts in [&shared.closed, &shared.sent, &shared.received] {
+            shared.durations.remove(&series.labels);
+            for counts in [&shared.requests, &shared.closed, &shared.sent, &shared.received] {
                 counts.remove(&series.labels);
             }
             false
@@ -197,6 +242,12 @@ impl Key {
             source: Side::of(&record.source, mutual_tls),
             destination: Side::of(&record.destination, mutual_tls),
             service: record.destination.service.clone(),
+            request: record.http.as_ref().map(|http| {
+                let protocol = if http.version == "HTTP/2" { "http2" } else { "http" };
+                // Applications may answer any number; those beyond HTTP's are one.
+                let status = if (100..600).contains(&http.status) { http.status } else { 0 };
+                (protocol, status)
+            }),
         }
     }
 
@@ -229,13 +280,16 @@ impl Key {
             ("destination_service", host),
             ("destination_service_namespace", namespace),
             ("destination_service_name", name),
-            ("request_protocol", words("tcp")),
+            ("request_protocol", words(self.request.map_or("tcp", |(protocol, _)| protocol))),
             ("response_flags", words(self.flags)),
             (
                 "connection_security_policy",
                 words(if self.mutual_tls { "mutual_tls" } else { UNKNOWN }),
             ),
         ]);
+        if let Some((_, status)) = self.request {
+            labels.push(("response_code", words(&status.to_string())));
+        }
         labels
     }
 }
@@ -302,6 +356,7 @@ fn response_flags(reason: Reason) -> &'static str {
         | Reason::PolicyUnsupported
         | Reason::PlaintextRefused
         | Reason::RawPacket
+        | Reason::TokenInvalid
         | Reason::RightWithdrawn => "DENY",
         Reason::IdentityUnknown
         | Reason::IdentityMismatch
@@ -319,7 +374,25 @@ fn response_flags(reason: Reason) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::flow::example::{allowed, as_source, denied, ended};
+    use crate::flow::example::{allowed, as_source, denied, ended, request_refused};
+
+    #[test]
+    fn requests_are_counted_by_status_and_are_no_connections() {
+        let counted = IstioMetrics::default();
+        counted.count(&request_refused(), true);
+        counted.count(&request_refused(), true);
+        let text = text(&counted);
+        let requests = line(&text, "istio_requests_total");
+        for label in
+            ["response_code=\"403\"", "request_protocol=\"http\"", "reporter=\"destination\""]
+        {
+            assert!(requests.contains(label), "{requests}");
+        }
+        assert!(requests.ends_with(" 2"), "{requests}");
+        let durations = line(&text, "istio_request_duration_milliseconds_count");
+        assert!(durations.ends_with(" 2"), "{durations}");
+        assert!(!text.contains("istio_tcp_connections_failed_total{"), "{text}");
+    }
 
     fn text(counted: &IstioMetrics) -> String {
         let mut metrics = Metrics::default();

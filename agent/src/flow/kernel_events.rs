@@ -111,6 +111,7 @@ impl KernelEvents {
             policy: state.policies.get(&event.policy).map(|p| p.name.clone()),
             revision: event.revision,
             extra,
+            http: None,
             source,
             destination,
         })

@@ -106,6 +106,8 @@ impl<T: AsRef<FlowRecord>> StreamMerger<T> {
 struct Joint {
     uuid: Uuid,
     end: bool,
+    /// Of a flow's requests only the destination knows: they are no second record of it.
+    request: bool,
     source: Side,
     destination: Side,
     port: u16,
@@ -116,6 +118,7 @@ impl Joint {
         Self {
             uuid: record.uuid,
             end: record.event != FlowEvent::Verdict,
+            request: record.http.is_some(),
             source: Side::of(&record.source),
             destination: Side::of(&record.destination),
             port: record.destination.port,

@@ -19,7 +19,7 @@ pub mod ring;
 
 pub use edges::Edges;
 pub use istio_metrics::IstioMetrics;
-pub use record::{FlowEvent, FlowRecord, KnownBy, Party, Reporter, Via};
+pub use record::{FlowEvent, FlowRecord, HttpRecord, KnownBy, Party, Reporter, Via};
 pub use recorder::{
     Collector, FlowLog, Followed, Follower, Limits, LostCause, Recorder, Sinks, start,
 };

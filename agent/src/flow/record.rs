@@ -163,6 +163,38 @@ pub enum FlowEvent {
     },
 }
 
+/// One HTTP request of a flow.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HttpRecord {
+    /// The method; `-` where none was understood.
+    pub method: Arc<str>,
+    /// The path without the query, normalised where that succeeded.
+    pub path: Arc<str>,
+    /// `HTTP/1.0`, `HTTP/1.1` or `HTTP/2`.
+    pub version: &'static str,
+    /// The answer's status; 0 where the application broke off without one.
+    pub status: u16,
+    /// From the request's head to the answer's.
+    pub latency: std::time::Duration,
+}
+
+impl HttpRecord {
+    /// Every [`HttpRecord::version`].
+    pub const VERSIONS: [&'static str; 3] = ["HTTP/1.0", "HTTP/1.1", "HTTP/2"];
+}
+
+impl Default for HttpRecord {
+    fn default() -> Self {
+        Self {
+            method: "-".into(),
+            path: "-".into(),
+            version: "HTTP/1.1",
+            status: 0,
+            latency: std::time::Duration::ZERO,
+        }
+    }
+}
+
 /// A record.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct FlowRecord {
@@ -192,6 +224,9 @@ pub struct FlowRecord {
     pub revision: u64,
     /// Further `key=value` pairs: `mode=strict`, `errno=ECONNREFUSED`, …
     pub extra: Vec<(&'static str, String)>,
+    /// The request, where one HTTP request was decided and not the whole flow. It has the
+    /// flow's uuid, and only the destination reports it.
+    pub http: Option<Box<HttpRecord>>,
     /// The client.
     pub source: Party,
     /// The server.

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::encode::DETAIL_TYPE;
 use crate::{
     cluster::model::Workload,
-    flow::{FlowEvent, FlowRecord, KnownBy, Party, Reporter, Via},
+    flow::{FlowEvent, FlowRecord, HttpRecord, KnownBy, Party, Reporter, Via},
     policy::model::PolicyName,
     proto::{self, detail, flow},
     spiffe::SpiffeId,
@@ -110,6 +110,7 @@ pub fn decode(flow: &flow::Flow) -> Result<SeenFlow, DecodeError> {
         }),
         revision: detail.revision,
         extra: Vec::new(),
+        http: flow.l7.as_ref().map(http).transpose()?.map(Box::new),
         source,
         destination,
     };
@@ -118,6 +119,22 @@ pub fn decode(flow: &flow::Flow) -> Result<SeenFlow, DecodeError> {
         reason: detail.reason,
         extra: detail.extra.into_iter().map(|p| (p.key, p.value)).collect(),
         trust_domain: detail.trust_domain.into(),
+    })
+}
+
+fn http(l7: &flow::Layer7) -> Result<HttpRecord, DecodeError> {
+    let Some(flow::layer7::Record::Http(http)) = &l7.record else {
+        return Err(DecodeError::Field("l7"));
+    };
+    Ok(HttpRecord {
+        method: http.method.as_str().into(),
+        path: http.url.as_str().into(),
+        version: HttpRecord::VERSIONS
+            .into_iter()
+            .find(|version| *version == http.protocol)
+            .ok_or(DecodeError::Field("l7.http.protocol"))?,
+        status: u16::try_from(http.code).map_err(|_| DecodeError::Field("l7.http.code"))?,
+        latency: Duration::from_nanos(l7.latency_ns),
     })
 }
 

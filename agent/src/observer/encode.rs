@@ -8,7 +8,7 @@ use signet_ebpf::abi::{Direction, Verdict};
 use super::{hubble, labels};
 use crate::{
     cluster::model::Workload,
-    flow::{FlowEvent, FlowRecord, Party, Via},
+    flow::{FlowEvent, FlowRecord, HttpRecord, Party, Via},
     proto::{self, detail, flow},
     telemetry::reason,
 };
@@ -30,7 +30,11 @@ pub fn encode(record: &FlowRecord, trust_domain: &str) -> flow::Flow {
     let by = |direction, denies: bool| {
         if record.direction == direction && denied == denies { policies.clone() } else { vec![] }
     };
-    let event_type = if is_verdict { hubble::EVENT_POLICY_VERDICT } else { hubble::EVENT_TRACE };
+    let event_type = match (&record.http, is_verdict) {
+        (Some(_), _) => hubble::EVENT_L7,
+        (None, true) => hubble::EVENT_POLICY_VERDICT,
+        (None, false) => hubble::EVENT_TRACE,
+    };
     flow::Flow {
         time: Some(proto::timestamp(record.time)),
         verdict: hubble::verdict(record.verdict).into(),
@@ -48,8 +52,13 @@ pub fn encode(record: &FlowRecord, trust_domain: &str) -> flow::Flow {
         l4: layer4(record),
         source: Some(endpoint(source)),
         destination: Some(endpoint(destination)),
-        r#type: flow::FlowType::L3L4.into(),
+        r#type: match record.http {
+            Some(_) => flow::FlowType::L7,
+            None => flow::FlowType::L3L4,
+        }
+        .into(),
         node_name: record.node.to_string(),
+        l7: record.http.as_deref().map(|http| layer7(http, record.verdict)),
         event_type: Some(flow::CiliumEventType { r#type: event_type, sub_type: 0 }),
         source_service: service(source),
         destination_service: service(destination),
@@ -88,11 +97,34 @@ pub fn encode(record: &FlowRecord, trust_domain: &str) -> flow::Flow {
 fn summary(record: &FlowRecord) -> String {
     let reason = reason::name(record.reason);
     let via = record.via.name();
+    if let Some(http) = &record.http {
+        let (method, path, status) = (&http.method, &http.path, http.status);
+        return format!("{reason} via {via} {method} {path} {status}");
+    }
     match &record.event {
         FlowEvent::Verdict => format!("{reason} via {via}"),
         FlowEvent::End { sent, received, .. } => {
             format!("end {reason} via {via} sent={sent} received={received}")
         }
+    }
+}
+
+/// What Hubble's tools know as a request that was refused, or as the answer to one.
+fn layer7(http: &HttpRecord, verdict: Verdict) -> flow::Layer7 {
+    let of = match verdict {
+        Verdict::Dropped => flow::L7FlowType::Request,
+        Verdict::Forwarded | Verdict::Audit => flow::L7FlowType::Response,
+    };
+    let record = flow::Http {
+        code: http.status.into(),
+        method: http.method.to_string(),
+        url: http.path.to_string(),
+        protocol: http.version.into(),
+    };
+    flow::Layer7 {
+        r#type: of.into(),
+        latency_ns: u64::try_from(http.latency.as_nanos()).unwrap_or(u64::MAX),
+        record: Some(flow::layer7::Record::Http(record)),
     }
 }
 

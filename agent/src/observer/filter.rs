@@ -4,6 +4,7 @@
 use std::{net::IpAddr, ops::RangeInclusive, str::FromStr};
 
 use ipnet::IpNet;
+use regex::{Regex, RegexBuilder};
 use signet_ebpf::abi::{Direction, Verdict};
 
 use super::{glob, hubble, labels::LabelSelector};
@@ -15,6 +16,8 @@ use crate::{
 
 /// Values that a request's filters may carry together.
 const MAX_VALUES: usize = 4096;
+/// Memory that one regular expression may take, bytes.
+const LARGEST_EXPRESSION: usize = 256 << 10;
 
 /// Why a filter is refused.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -138,12 +141,9 @@ fn conditions(filter: FlowFilter, budget: &mut usize) -> Result<Conditions, Filt
     for (name, given) in [
         ("source_fqdn", !source_fqdn.is_empty()),
         ("destination_fqdn", !destination_fqdn.is_empty()),
-        ("http_status_code", !http_status_code.is_empty()),
         ("dns_query", !dns_query.is_empty()),
         ("source_identity", !source_identity.is_empty()),
         ("destination_identity", !destination_identity.is_empty()),
-        ("http_method", !http_method.is_empty()),
-        ("http_path", !http_path.is_empty()),
         ("tcp_flags", !tcp_flags.is_empty()),
         ("trace_id", !trace_id.is_empty()),
         ("http_url", !http_url.is_empty()),
@@ -208,12 +208,22 @@ fn conditions(filter: FlowFilter, budget: &mut usize) -> Result<Conditions, Filt
     all.any("drop_reason_desc", drop_reason_desc, drop_reason_of, |d, r| {
         r.verdict == Verdict::Dropped && hubble::drop_reason(r.reason) == Some(*d)
     })?;
+    all.any("http_method", http_method, text_of, |method, r| {
+        r.http.as_ref().is_some_and(|http| http.method.eq_ignore_ascii_case(method))
+    })?;
+    all.any("http_path", http_path, expression, |path, r| {
+        r.http.as_ref().is_some_and(|http| path.is_match(&http.path))
+    })?;
+    all.any("http_status_code", http_status_code, status_of, |status, r| {
+        r.http.as_ref().is_some_and(|http| status.contains(&http.status))
+    })?;
     all.any("ip_version", ip_version, is_v6, |v6, r| *v6 == r.source.ip.is_ipv6())?;
     // Records are made per flow, in the direction of its first packet.
     all.any("reply", reply, Ok, |reply, _| !*reply)?;
     all.any("encrypted", encrypted, Ok, |e, r| *e == (r.via == Via::Mtls))?;
     all.any("event_type", event_type, Ok, |t, r| {
         let own = match r.event {
+            FlowEvent::Verdict if r.http.is_some() => t.r#type == hubble::EVENT_L7,
             FlowEvent::Verdict => t.r#type == hubble::EVENT_POLICY_VERDICT,
             FlowEvent::End { .. } => t.r#type == hubble::EVENT_TRACE,
         };
@@ -261,7 +271,9 @@ impl Builder<'_> {
     }
 }
 
-struct BadValue {
+/// A value that cannot be read.
+#[derive(Debug)]
+pub struct BadValue {
     value: String,
     expected: &'static str,
 }
@@ -370,6 +382,31 @@ fn protocol_number(value: String) -> Result<u8, BadValue> {
     names::parse_protocol(&value).ok_or_else(|| {
         BadValue::new(value, "tcp, udp, sctp, icmp, icmpv6 or a number (layer 7 is not recorded)")
     })
+}
+
+/// Hubble's rule: a regular expression, found anywhere in the path.
+fn expression(value: String) -> Result<Regex, BadValue> {
+    RegexBuilder::new(&value)
+        .size_limit(LARGEST_EXPRESSION)
+        .dfa_size_limit(LARGEST_EXPRESSION)
+        .build()
+        .map_err(|_| BadValue::new(value, "a regular expression of a moderate size"))
+}
+
+/// Hubble's rule: a status, or the beginning of one with `+` for the rest.
+pub fn status_of(value: String) -> Result<RangeInclusive<u16>, BadValue> {
+    let digits = value.strip_suffix('+').unwrap_or(&value);
+    let is_open = digits.len() < value.len();
+    let wanted = if is_open { 1..=2 } else { 3..=3 };
+    let number = digits.parse::<u16>().ok().filter(|_| {
+        wanted.contains(&digits.len()) && digits.bytes().all(|digit| digit.is_ascii_digit())
+    });
+    match (number, digits.len()) {
+        (Some(first), 1) => Ok(first * 100..=first * 100 + 99),
+        (Some(first), 2) => Ok(first * 10..=first * 10 + 9),
+        (Some(one), _) => Ok(one..=one),
+        (None, _) => Err(BadValue::new(value, "an HTTP status (404) or its beginning (5+)")),
+    }
 }
 
 fn node_pattern(value: String) -> Result<String, BadValue> {
@@ -590,12 +627,33 @@ mod tests {
     }
 
     #[test]
+    fn requests_are_found_by_what_they_asked() {
+        let refused = crate::flow::example::request_refused();
+        for (name, filter) in [
+            ("method", filter!(http_method: strings(&["get"]))),
+            ("path", filter!(http_path: strings(&["^/api/v[0-9]/admin$"]))),
+            ("status", filter!(http_status_code: strings(&["403"]))),
+            ("4+", filter!(http_status_code: strings(&["4+"]))),
+            ("40+", filter!(http_status_code: strings(&["40+"]))),
+        ] {
+            assert!(is_shown(filter.clone(), &refused), "{name}");
+            assert!(!is_shown(filter, &allowed()), "{name}: a flow is no request");
+        }
+        for (name, filter) in [
+            ("method", filter!(http_method: strings(&["POST"]))),
+            ("path", filter!(http_path: strings(&["^/payments"]))),
+            ("status", filter!(http_status_code: strings(&["5+", "404"]))),
+        ] {
+            assert!(!is_shown(filter, &refused), "{name}");
+        }
+    }
+
+    #[test]
     fn what_is_not_implemented_is_refused_by_its_name() {
         let refusal = |filter| Filters::compile(vec![], vec![filter]).unwrap_err();
         let cel = flow::flow_filter::Experimental { cel_expression: strings(&["true"]) };
         for (name, filter) in [
             ("source_fqdn", filter!(source_fqdn: strings(&["a.b"]))),
-            ("http_path", filter!(http_path: strings(&["/x"]))),
             ("destination_identity", filter!(destination_identity: vec![1])),
             ("tcp_flags", filter!(tcp_flags: vec![flow::TcpFlags::default()])),
             ("interface", filter!(interface: vec![flow::NetworkInterface::default()])),
@@ -613,6 +671,9 @@ mod tests {
             ("any_label", filter!(any_label: strings(&[""]))),
             ("via", filter!(via: strings(&["pigeon"]))),
             ("any_port", filter!(any_port: vec![70_000])),
+            ("http_path", filter!(http_path: strings(&["/("]))),
+            ("http_status_code", filter!(http_status_code: strings(&["40"]))),
+            ("http_status_code", filter!(http_status_code: strings(&["+"]))),
             ("node_name", filter!(node_name: strings(&["cluster/node"]))),
         ] {
             let FilterError::Value { field: named, .. } = refusal(filter) else {

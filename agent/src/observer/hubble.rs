@@ -10,6 +10,8 @@ pub const EVENT_POLICY_VERDICT: i32 = 5;
 pub const EVENT_DROP: i32 = 1;
 /// Hubble's event type of a trace; `end` records are such.
 pub const EVENT_TRACE: i32 = 4;
+/// A request of layer 7.
+pub const EVENT_L7: i32 = 129;
 /// Hubble's match types.
 pub mod match_type {
     /// No policy.
@@ -32,7 +34,10 @@ pub const fn drop_reason(reason: Reason) -> Option<flow::DropReason> {
         Reason::IdentityUnknown => D::UnknownL3TargetAddress,
         Reason::IdentityMismatch | Reason::UntrustedPeer => D::InvalidIdentity,
         Reason::PodUnregistered => D::DropEpNotReady,
-        Reason::SvidMissing | Reason::SvidExpired | Reason::HandshakeFailed => D::AuthRequired,
+        Reason::SvidMissing
+        | Reason::SvidExpired
+        | Reason::HandshakeFailed
+        | Reason::TokenInvalid => D::AuthRequired,
         Reason::WrongDestination | Reason::ProtocolError | Reason::RawPacket => {
             D::InvalidPacketDropped
         }

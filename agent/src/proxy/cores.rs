@@ -24,7 +24,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     dial, inbound,
-    judge::{Facts, judge},
+    judge::{Facts, asks_requests, judge},
     listeners,
     open_flows::Fate,
     outbound,
@@ -265,7 +265,9 @@ fn fate(plane: &Plane, state: &NodeState, key: &EndpointKey, facts: &Facts) -> F
         // Its listeners are being stopped; that ends its flows in their time.
         return Fate::Keep;
     };
-    if !judge(state, endpoint, facts).passes() {
+    // What is copied unseen cannot go on where requests count.
+    let is_unseen = !facts.by_request && asks_requests(state, endpoint, facts);
+    if is_unseen || !judge(state, endpoint, facts).passes() {
         return Fate::Close(Reason::RightWithdrawn);
     }
     if facts.direction == Direction::Egress && !facts.proven && endpoint.mode == Mode::Strict {

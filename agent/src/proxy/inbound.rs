@@ -18,7 +18,10 @@ use super::{
     counters::Counters,
     delivery::{DeliveryError, deliver},
     dial::{deadline, watch_for_death},
-    judge::{Facts, Judgement, judge},
+    http::{Admitted, Carrier},
+    judge::{Facts, Judgement, asks_requests, judge},
+    open_flows::Registration,
+    plaintext,
     plane::Core,
     records::{FlowRecords, pod_party},
     resolve::{identity_of, names_of},
@@ -30,7 +33,7 @@ use crate::{
     policy::model::PolicyName,
     spiffe::{SpiffeId, Svid},
     tunnel::{
-        copy::{self, CopyError, Counts, reset_on_close},
+        copy::{self, Counts, reset_on_close},
         hbone::{
             self, HboneError,
             head::{HeadError, Refusal},
@@ -171,6 +174,9 @@ pub async fn serve(core: Arc<Core>, served: Arc<Served>, tcp: TcpStream) {
         return;
     };
     let (peer, local) = (canonical(peer), canonical(local));
+    if local.port() != TUNNEL_PORT {
+        return plaintext::serve(core, served, tcp, peer, local).await;
+    }
     match accept(core, served.clone(), tcp, peer, local).await {
         Ok(()) => {}
         Err(error) if error.is_end() => {
@@ -281,7 +287,7 @@ async fn accept(
 /// How many connections an endpoint may have. Each may carry a flow, and those that peers keep
 /// for their next flow must not stand in the way of others, nor one peer in everybody's. What
 /// is over the limit of flows is refused flow by flow, with the reason.
-fn connections(open_flows: u32) -> Room {
+pub(super) fn connections(open_flows: u32) -> Room {
     let per_source = open_flows.saturating_add(8);
     Room { all: per_source.saturating_mul(2), per_source }
 }
@@ -372,8 +378,21 @@ impl Tunnel {
                 self.admit(asked.destination, client.ip(), |facts| registration.set_facts(facts))
             }
         };
-        let (destination, judgement) = match admitted {
+        let (facts, judgement) = match admitted {
             Ok(admitted) => admitted,
+            Err(Refused::Policy(judgement)) if self.is_judged() => {
+                let facts = self.facts(client.ip(), destination.port());
+                return Box::pin(self.by_request(
+                    incoming,
+                    None,
+                    facts,
+                    client,
+                    judgement,
+                    records,
+                    &registration,
+                ))
+                .await;
+            }
             Err(refused) => {
                 // A peer that is slow to take its refusal holds nobody's place meanwhile.
                 drop((place, registration));
@@ -402,6 +421,19 @@ impl Tunnel {
                     .await;
             }
         };
+        if facts.by_request {
+            let app = Some(app);
+            return Box::pin(self.by_request(
+                incoming,
+                app,
+                facts,
+                client,
+                judgement,
+                records,
+                &registration,
+            ))
+            .await;
+        }
         let counts = Counts::default();
         let (result, free) = match incoming {
             Incoming::Native(incoming) => {
@@ -432,17 +464,8 @@ impl Tunnel {
                 (copy::tunnel(app, stream, &counts, stop).await, None)
             }
         };
-        match result {
-            Ok(()) => records.ended(&counts, Reason::Allowed, None),
-            Err(error) => match (self.cut_for.get(), error) {
-                (Some(reason), _) => records.ended(&counts, *reason, None),
-                (None, CopyError::Stopped) => {
-                    let reason = registration.close_reason().unwrap_or(Reason::Internal);
-                    records.ended(&counts, reason, None);
-                }
-                (None, error) => records.ended(&counts, Reason::Allowed, Some(error.broken_by())),
-            },
-        }
+        let cut_for = self.cut_for.get().copied();
+        records.closed(&counts, result, cut_for, registration.close_reason());
         free
     }
 
@@ -453,7 +476,7 @@ impl Tunnel {
         destination: SocketAddr,
         client: IpAddr,
         set_facts: impl Fn(Facts),
-    ) -> Result<(SocketAddr, Judgement), Refused> {
+    ) -> Result<(Facts, Judgement), Refused> {
         let plane = &self.core.plane;
         if self.served.drain.is_cancelled() && !plane.is_succeeded() {
             return Err(Refused::Draining);
@@ -472,23 +495,64 @@ impl Tunnel {
             if !may_be_asked_for(&endpoint, self.local, destination) {
                 return Err(Refused::WrongDestination(destination));
             }
-            let facts = Facts {
-                direction: Direction::Ingress,
-                peer: Some(self.certified.id.clone()),
-                proven: true,
-                peer_ip: client,
-                port: destination.port(),
-            };
+            let mut facts = self.facts(client, destination.port());
+            facts.by_request = asks_requests(&state, &endpoint, &facts);
             set_facts(facts.clone());
             if !Arc::ptr_eq(&state, &plane.state.current()) {
                 continue;
             }
             let judgement = judge(&state, &endpoint, &facts);
             return if judgement.passes() {
-                Ok((destination, judgement))
+                Ok((facts, judgement))
             } else {
                 Err(Refused::Policy(judgement))
             };
+        }
+    }
+
+    fn facts(&self, client: IpAddr, port: u16) -> Facts {
+        Facts {
+            direction: Direction::Ingress,
+            peer: Some(self.certified.id.clone()),
+            proven: true,
+            peer_ip: client,
+            port,
+            by_request: false,
+        }
+    }
+
+    /// True when refused clients are told request by request.
+    fn is_judged(&self) -> bool {
+        let state = self.core.plane.state.current();
+        endpoint(&state, &self.served).is_some_and(|endpoint| endpoint.judged)
+    }
+
+    /// Serves a flow whose requests are judged; without an application where none may pass.
+    #[allow(clippy::too_many_arguments, reason = "all that is known of a flow by then")]
+    async fn by_request(
+        &self,
+        incoming: Incoming,
+        app: Option<TcpStream>,
+        facts: Facts,
+        client: SocketAddr,
+        judgement: Judgement,
+        records: FlowRecords,
+        registration: &Registration,
+    ) -> Option<native::server::Connection<TlsStream>> {
+        let carrier = match incoming.carry() {
+            Ok(carrier) => carrier,
+            Err(error) => {
+                tracing::debug!(%client, %error, "client gone before the answer");
+                Counters::add(&self.core.plane.counters.abandoned);
+                return None;
+            }
+        };
+        let (core, served, cut_for) = (&self.core, &self.served, Some(&self.cut_for));
+        let admitted =
+            Admitted { core, served, facts, client, judgement, records, registration, cut_for };
+        match admitted.serve(carrier, app).await? {
+            Carrier::Native(stream) => stream.recycle().map(native::copy::Recycled::server),
+            Carrier::Hbone(_) | Carrier::Plain(_) => None,
         }
     }
 
@@ -586,6 +650,14 @@ impl Incoming {
         }
     }
 
+    /// Answers that the application has accepted, for who reads what is asked.
+    fn carry(self) -> Result<Carrier, h2::Error> {
+        Ok(match self {
+            Self::Native(incoming) => Carrier::Native(Box::new(incoming.accept().into())),
+            Self::Hbone(incoming) => Carrier::Hbone(incoming.accept()?.into()),
+        })
+    }
+
     /// Completes when the client has given the flow up or the connection is gone.
     async fn abandoned(&mut self) {
         match self {
@@ -604,12 +676,12 @@ impl Incoming {
 }
 
 /// The endpoint's entry, when it is still the same one.
-fn endpoint(state: &NodeState, served: &Served) -> Option<Arc<EndpointState>> {
+pub(super) fn endpoint(state: &NodeState, served: &Served) -> Option<Arc<EndpointState>> {
     state.endpoints.get(&served.key.netns).filter(|e| e.key == served.key).cloned()
 }
 
 /// The pod as the destination of a flow.
-fn destination_party(endpoint: Option<&EndpointState>, address: SocketAddr) -> Party {
+pub(super) fn destination_party(endpoint: Option<&EndpointState>, address: SocketAddr) -> Party {
     match endpoint {
         Some(endpoint) if endpoint.addresses.contains(&address.ip()) => pod_party(
             &endpoint.pod,

@@ -315,6 +315,7 @@ impl Outbound<'_> {
                 proven: !matches!(route.path, Path::Direct(_)),
                 peer_ip: destination,
                 port: route.destination.port(),
+                by_request: false,
             };
             let mut judgement = judge(&state, &endpoint, &facts);
             if let Path::Remote(identities) = &route.path {
@@ -519,6 +520,7 @@ impl Outbound<'_> {
             proven: true,
             peer_ip: admitted.route.destination.ip(),
             port: admitted.route.destination.port(),
+            by_request: false,
         };
         self.registration.set_facts(facts.clone());
         // After it is registered: a state that came meanwhile is either seen here or judged

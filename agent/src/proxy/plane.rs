@@ -35,7 +35,7 @@ use crate::{
 };
 
 /// How the data plane behaves.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct DataPlaneConfig {
     /// Runtimes, one thread each; at least one.
     pub cores: usize,

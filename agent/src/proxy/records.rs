@@ -15,11 +15,11 @@ use crate::{
     endpoint::state::NodeState,
     flow::{
         Recorder,
-        record::{FlowEvent, FlowRecord, KnownBy, Party, Reporter, Via},
+        record::{FlowEvent, FlowRecord, HttpRecord, KnownBy, Party, Reporter, Via},
     },
     policy::model::PolicyName,
     spiffe::SpiffeId,
-    tunnel::copy::Counts,
+    tunnel::copy::{CopyError, Counts},
 };
 
 /// A known pod as one side of a flow.
@@ -73,6 +73,7 @@ impl FlowRecords {
             policy: None,
             revision: state.revision,
             extra: Vec::new(),
+            http: None,
             source,
             destination,
         };
@@ -116,6 +117,30 @@ impl FlowRecords {
         self.record.extra.clear();
     }
 
+    /// Writes the records of the flow's requests.
+    pub fn of_requests(&self) -> RequestRecords {
+        RequestRecords { recorder: self.recorder.clone(), record: self.record.clone() }
+    }
+
+    /// Records how a flow that had passed ended: cut with its connection, closed because of
+    /// `close_reason`, broken by somebody, or in order.
+    pub fn closed(
+        self,
+        counts: &Counts,
+        result: Result<(), CopyError>,
+        cut_for: Option<Reason>,
+        close_reason: Option<Reason>,
+    ) {
+        match (result, cut_for) {
+            (Ok(()), _) => self.ended(counts, Reason::Allowed, None),
+            (Err(_), Some(reason)) => self.ended(counts, reason, None),
+            (Err(CopyError::Stopped), None) => {
+                self.ended(counts, close_reason.unwrap_or(Reason::Internal), None);
+            }
+            (Err(error), None) => self.ended(counts, Reason::Allowed, Some(error.broken_by())),
+        }
+    }
+
     /// Records the end of a flow that had passed. `closed_by` names who broke it, if
     /// anybody did.
     pub fn ended(mut self, counts: &Counts, reason: Reason, closed_by: Option<&'static str>) {
@@ -134,5 +159,52 @@ impl FlowRecords {
         }
         self.record.time = jiff::Timestamp::now();
         self.recorder.record(self.record);
+    }
+}
+
+/// Writes a record for each request of a flow.
+pub struct RequestRecords {
+    recorder: Recorder,
+    /// The flow's.
+    record: FlowRecord,
+}
+
+impl RequestRecords {
+    /// Records that a request was forwarded, and how it was answered.
+    pub fn passed(&self, judgement: &Judgement, http: HttpRecord) {
+        let Judgement { verdict, reason, policy, revision } = judgement;
+        self.record(*verdict, *reason, policy.clone(), *revision, http);
+    }
+
+    /// Records that a request was refused.
+    pub fn refused(
+        &self,
+        reason: Reason,
+        policy: Option<PolicyName>,
+        revision: u64,
+        http: HttpRecord,
+    ) {
+        self.record(Verdict::Dropped, reason, policy, revision, http);
+    }
+
+    fn record(
+        &self,
+        verdict: Verdict,
+        reason: Reason,
+        policy: Option<PolicyName>,
+        revision: u64,
+        http: HttpRecord,
+    ) {
+        self.recorder.record(FlowRecord {
+            time: jiff::Timestamp::now(),
+            event: FlowEvent::Verdict,
+            verdict,
+            reason,
+            policy,
+            revision,
+            extra: Vec::new(),
+            http: Some(Box::new(http)),
+            ..self.record.clone()
+        });
     }
 }

@@ -74,7 +74,7 @@ pub fn reset_on_close(socket: &TcpStream) {
 }
 
 /// The flow has ended in order on both sides: what is still to be sent goes out first.
-pub(super) fn end_on_close(socket: &TcpStream) {
+pub(crate) fn end_on_close(socket: &TcpStream) {
     // As above.
     let _ = SockRef::from(socket).set_linger(None);
 }
@@ -132,7 +132,7 @@ pub async fn tunnel_after(
 }
 
 /// The error that a socket is in.
-pub(super) fn socket_error(socket: &TcpStream) -> io::Error {
+pub(crate) fn socket_error(socket: &TcpStream) -> io::Error {
     match socket.take_error() {
         Ok(Some(error)) | Err(error) => error,
         Ok(None) => io::ErrorKind::ConnectionReset.into(),

@@ -166,6 +166,7 @@ fn allowed() -> FlowRecord {
         }),
         revision: 118,
         extra: vec![],
+        http: None,
         source: party("frontend-7d9c", KnownBy::Mtls, "10.0.1.5:41872"),
         destination: party("payments-5b7f", KnownBy::Kernel, "10.0.2.7:8080"),
     }

@@ -30,6 +30,7 @@ macro_rules! for_each_reason {
             ProtocolError = 20 "protocol_error" "the peer broke the tunnel's protocol",
             Internal = 21 "internal" "a bug in Signet",
             RawPacket = 22 "raw_packet" "a frame that no socket of the pod was let through with: a packet socket, or forged headers",
+            TokenInvalid = 23 "token_invalid" "the token of a request's end user is not valid",
         }
     };
 }

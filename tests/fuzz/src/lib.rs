@@ -23,6 +23,10 @@ use signet::{
         native,
     },
     proto::flow,
+    proxy::http::{
+        framing::{self, Framing, Step},
+        path,
+    },
     spiffe::{SpiffeId, TrustDomain, bundle::Bundle, jwks::SpiffeBundle, jwt::JwtSvid, leaf::Leaf},
     trust::federation,
     tunnel::{
@@ -113,6 +117,20 @@ pub const TARGETS: &[Target] = &[
         ],
     },
     Target { name: "config", run: config, seeds: &[b"node: n\nsvidTtl: 1h\nlimits:\n  openFlows: 3\n", b"podRanges: [10.0.0.0/8]\n"] },
+    Target {
+        name: "http-path",
+        run: http_path,
+        seeds: &[b"/api/./v1//x/../%70ayments", b"/a%2Fb", b"/caf%c3%a9", b"/a;b"],
+    },
+    Target {
+        name: "http-framing",
+        run: http_framing,
+        seeds: &[
+            b"\x07POST /a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\nGET / HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"\x01GET /ws HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\nGET / HTTP/1.0\r\n\r\n",
+            b"\xffPOST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhelloGET /b HTTP/1.1\r\nHost: x\r\n\r\n",
+        ],
+    },
     Target {
         name: "native-frame",
         run: native_frame,
@@ -299,6 +317,59 @@ fn config(data: &[u8]) -> bool {
 }
 
 /// The first line is the authority, the others are header fields.
+/// A path that is taken has one spelling, which is taken as it is and leaves no root.
+fn http_path(data: &[u8]) -> bool {
+    let Ok(text) = std::str::from_utf8(data) else { return false };
+    let Ok(spelt) = path::normalise(text) else { return false };
+    assert_eq!(path::normalise(&spelt).as_deref(), Ok(&*spelt), "a fixed point of {text:?}");
+    assert!(spelt.starts_with('/') && !spelt.contains("//"), "{spelt:?}");
+    assert!(spelt.split('/').all(|segment| segment != "." && segment != ".."), "{spelt:?}");
+    let has_none = |what: &[&str]| what.iter().all(|what| !spelt.contains(what));
+    assert!(has_none(&["\\", ";", "%2F", "%2f", "%5C", "%5c", "%25", "%2E", "%2e", "%00"]));
+    true
+}
+
+/// A stream of requests is cut the same way however its bytes arrive, and the HTTP library finds
+/// the same requests in what passes.
+fn http_framing(data: &[u8]) -> bool {
+    let [size, data @ ..] = data else { return false };
+    let whole = cut(data, data.len().max(1));
+    assert_eq!(cut(data, usize::from(*size).max(1)), whole, "cut differently in pieces");
+    let Some((first, end)) = whole.first() else { return false };
+    let mut fields = [httparse::EMPTY_HEADER; framing::MOST_FIELDS];
+    let mut parsed = httparse::Request::new(&mut fields);
+    // What it refuses, the proxy refuses.
+    let Ok(status) = parsed.parse(data) else { return true };
+    assert_eq!(status, httparse::Status::Complete(*end));
+    assert_eq!(parsed.method, Some(&*first.method));
+    assert_eq!(parsed.path, Some(&*first.target));
+    true
+}
+
+/// Every head that passes, with the length of the first one, until a fault or the end.
+fn cut(data: &[u8], size: usize) -> Vec<(framing::Head, usize)> {
+    let (mut framing, mut held, mut found) = (Framing::new(), Vec::new(), Vec::new());
+    for piece in data.chunks(size) {
+        held.extend_from_slice(piece);
+        loop {
+            match framing.step(&held) {
+                Step::Head(n, head) => {
+                    held.drain(..n);
+                    found.push((head, n));
+                }
+                Step::Pass(n) => {
+                    assert!(n > 0 && n <= held.len());
+                    held.drain(..n);
+                }
+                Step::Hold => framing.go_on(false),
+                Step::More => break,
+                Step::Fault(_) => return found,
+            }
+        }
+    }
+    found
+}
+
 fn native_frame(data: &[u8]) -> bool {
     let Some((header, payload)) = data.split_first_chunk::<{ frame::HEADER }>() else {
         return false;

@@ -22,6 +22,7 @@ mod hubble;
 mod install;
 mod jobs;
 mod kubernetes;
+mod layer7;
 mod life_lines;
 mod lifecycle;
 mod limits;

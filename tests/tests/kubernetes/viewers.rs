@@ -111,6 +111,7 @@ impl Node {
             policy: None,
             revision: 1,
             extra: vec![],
+            http: None,
             source: party("10.9.0.7:39990"),
             destination: party("10.0.2.7:8080"),
         });

@@ -359,7 +359,8 @@ impl<'a> Planner<'a> {
             policies.extend(self.builtins.iter().cloned());
             tokens = self.input.world.request_authentications_of(pod);
         }
-        self.own_rows(pod, found, netns, mode, phase, number, ports);
+        let asks_requests = asks_requests(&policies) || !tokens.is_empty();
+        self.own_rows(pod, found, netns, mode, phase, number, ports, asks_requests);
         let raw_guard = self.guard(pod, found, mode);
         if judged {
             let called = pod.ips.iter().filter_map(|ip| self.called.get(&ip.to_canonical()));
@@ -381,7 +382,7 @@ impl<'a> Planner<'a> {
                 addresses: found.addresses.clone(),
                 cgroup_path: found.cgroup_path.clone(),
                 cgroup: found.cgroup,
-                judged: asks_requests(&policies) || !tokens.is_empty(),
+                judged: asks_requests,
                 policies: policies.into(),
                 request_authentications: tokens.into(),
                 raw_guard,
@@ -484,6 +485,7 @@ impl<'a> Planner<'a> {
         phase: Phase,
         number: u32,
         ports: OutboundPorts,
+        asks_requests: bool,
     ) {
         let first = |v4: bool| {
             let ip = found.addresses.iter().find(|ip| ip.is_ipv4() == v4);
@@ -495,6 +497,9 @@ impl<'a> Planner<'a> {
         }
         if self.input.params.deny_other {
             flags |= pod::DENY_OTHER;
+        }
+        if asks_requests {
+            flags |= pod::JUDGED;
         }
         let closed = self.input.closed.contains(&netns)
             || (mode.is_enforced() && !self.input.full.is_empty());

@@ -67,6 +67,7 @@ impl Scene {
                 allow_pod_override: false,
                 default_deny: false,
                 exempt_ports: Arc::default(),
+                identity_headers: Default::default(),
                 labels: BTreeMap::new(),
             },
         );

@@ -204,7 +204,8 @@ impl Edges {
 
     /// Counts a verdict.
     pub fn record(&self, record: &FlowRecord) {
-        if record.event == FlowEvent::Verdict {
+        // An edge counts flows, not what they ask for.
+        if record.event == FlowEvent::Verdict && record.http.is_none() {
             let seen = Seen { count: 1, first: record.time, last: record.time };
             self.table().add(Edge::of(record), seen);
         }

@@ -16,6 +16,10 @@ mod over_native {
     #[path = "flows.rs"]
     #[allow(clippy::duplicate_mod, reason = "the same tests over another wire")]
     mod flows;
+
+    #[path = "requests.rs"]
+    #[allow(clippy::duplicate_mod, reason = "the same tests over another wire")]
+    mod requests;
 }
 
 #[path = "."]
@@ -27,6 +31,10 @@ mod over_hbone {
     #[path = "flows.rs"]
     #[allow(clippy::duplicate_mod, reason = "the same tests over another wire")]
     mod flows;
+
+    #[path = "requests.rs"]
+    #[allow(clippy::duplicate_mod, reason = "the same tests over another wire")]
+    mod requests;
 }
 
 use std::{

@@ -8,6 +8,7 @@ pub mod client;
 pub mod head;
 mod keepalive;
 pub mod server;
+pub mod stream;
 #[cfg(test)]
 mod tests;
 

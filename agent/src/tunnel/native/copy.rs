@@ -37,15 +37,15 @@ use crate::{
 /// A flow that both sides have agreed on.
 #[derive(Debug)]
 pub struct Stream<T> {
-    link: Link<T>,
+    pub(super) link: Link<T>,
     /// When the connection was made.
-    created: Instant,
+    pub(super) created: Instant,
     /// What the peer has said already.
-    received: Vec<u8>,
+    pub(super) received: Vec<u8>,
     /// The peer has ended its direction.
-    peer_ended: bool,
+    pub(super) peer_ended: bool,
     /// This side has ended its direction.
-    ended: bool,
+    pub(super) ended: bool,
 }
 
 /// A connection whose flow has ended in order.
@@ -56,6 +56,10 @@ pub struct Recycled<T> {
 }
 
 impl<T> Recycled<T> {
+    pub(super) fn new(link: Link<T>, created: Instant) -> Self {
+        Self { link, created }
+    }
+
     /// For the next flow that this side asks for.
     pub fn client(self) -> client::Connection<T> {
         client::Connection::recycled(self.link, self.created)
@@ -323,7 +327,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Flow<'_, T> {
 }
 
 /// What an event that is no part of a flow means for it.
-fn terminal(event: &Event) -> NativeError {
+pub(super) fn terminal(event: &Event) -> NativeError {
     NativeError::Unexpected(match event {
         Event::Reset(reason) => {
             let text = reason.map_or("reset by the peer's application", reason::name);
