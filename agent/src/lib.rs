@@ -7,19 +7,19 @@
 //!    inside pods' network namespaces, [`config`] reads the agent's configuration,
 //!    [`telemetry`] names reasons and sets logging up, [`proto`] holds the messages of the
 //!    gRPC services, [`socket_file`] binds unix sockets, [`api_server`] asks the Kubernetes API.
-//! 2. [`policy`] turns policy objects into one model, evaluates and compiles it; [`ca`] signs;
-//!    [`trust`] holds the bundles of all trusted domains.
-//! 3. [`cluster`] says what the cluster is: a [`cluster::model::World`] with a revision.
-//! 4. [`kernel`] loads, attaches and pins the programs and writes their maps; [`svid`]
+//! 2. [`policy`] turns policy objects into one model, evaluates and compiles it; [`ca`] signs.
+//! 3. [`trust`] holds the bundles of all trusted domains and the keys of end users' issuers.
+//! 4. [`cluster`] says what the cluster is: a [`cluster::model::World`] with a revision.
+//! 5. [`kernel`] loads, attaches and pins the programs and writes their maps; [`svid`]
 //!    requests and rotates SVIDs; [`tunnel`] speaks the native wire and HBONE.
-//! 5. [`endpoint`] finds this node's pods and reconciles the kernel with the world.
-//! 6. [`flow`] records verdicts.
-//! 7. [`proxy`] carries flows; [`observer`] and [`admin`] answer the command line;
+//! 6. [`endpoint`] finds this node's pods and reconciles the kernel with the world.
+//! 7. [`flow`] records verdicts.
+//! 8. [`proxy`] carries flows; [`observer`] and [`admin`] answer the command line;
 //!    [`workload_api`] gives pods their own SVIDs; [`viewer`] lets who may see flows in over TCP;
 //!    [`handover`] brings a node from one agent to the next.
-//! 8. [`daemon`] puts the node agent together; [`authority`] is the certificate authority;
+//! 9. [`daemon`] puts the node agent together; [`authority`] is the certificate authority;
 //!    [`lifecycle`] is what is done to a node where no agent runs: guard, release, uninstall.
-//! 9. [`cli`] is the command line.
+//! 10. [`cli`] is the command line.
 
 pub mod admin;
 pub mod api_server;

@@ -28,6 +28,9 @@ const SMALL: usize = 100;
 /// Room for a batch once it is sealed.
 const SEALED: usize = 256 << 10;
 
+/// Carries bytes from one end to the other.
+type Carry<'a> = &'a mut dyn FnMut(&[u8]) -> Result<()>;
+
 /// Measures both interfaces, in turns.
 pub fn run(quick: bool, results: &mut Results) -> Result<()> {
     let (rounds, time) =
@@ -38,7 +41,7 @@ pub fn run(quick: bool, results: &mut Results) -> Result<()> {
             let mut buffered = Buffered::new(&client, &server)?;
             let mut unbuffered = Unbuffered::new(&client, &server)?;
             let data = vec![0x5a; size];
-            let subjects: [(&'static str, &mut dyn FnMut(&[u8]) -> Result<()>); 2] = [
+            let subjects: [(&'static str, Carry<'_>); 2] = [
                 ("buffered", &mut |data| buffered.carry(data)),
                 ("unbuffered", &mut |data| unbuffered.carry(data)),
             ];
