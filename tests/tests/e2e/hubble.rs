@@ -178,9 +178,6 @@ fn unimplemented() -> Vec<(&'static str, FlowFilter)> {
     vec![
         ("source_fqdn", filter!(source_fqdn: text("a.b"))),
         ("destination_fqdn", filter!(destination_fqdn: text("a.b"))),
-        ("http_status_code", filter!(http_status_code: text("5+"))),
-        ("http_method", filter!(http_method: text("GET"))),
-        ("http_path", filter!(http_path: text("/"))),
         ("http_url", filter!(http_url: text("/"))),
         ("http_header", filter!(http_header: vec![header])),
         ("dns_query", filter!(dns_query: text("a.*"))),
