@@ -1,6 +1,7 @@
 //! The data path: plaintext, the native wire and HBONE, interleaved on one machine.
 //!
-//! Two labs run side by side, whose agents differ in the wire alone; plaintext goes between pods
+//! Two labs run side by side, whose agents differ in the wire alone; requests are also measured to
+//! a workload whose policy asks about them, over the native wire; plaintext goes between pods
 //! that are not enrolled, on the nodes of the first, past the same eBPF programs. In each round
 //! every subject has its turn, and another one begins.
 
@@ -27,6 +28,8 @@ use crate::results::{PLAINTEXT, Results};
 
 /// First port of the servers.
 const PORT: u16 = 7000;
+/// The namespace whose policy asks about requests.
+const JUDGED: &str = "judged";
 /// A measurement that takes longer hangs.
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -52,6 +55,8 @@ struct Subject<'a> {
     server: Pod,
     /// `None`: nothing of ours is between them.
     agents: Option<&'a Lab>,
+    /// Requests are judged: nothing else may pass.
+    judged: bool,
 }
 
 /// Measures `cases` in interleaved rounds.
@@ -66,18 +71,28 @@ pub fn run(cases: &[Case], quick: bool, results: &mut Results) -> Result<()> {
             client: client(&native, "plain")?,
             server: server(&native, "plain")?,
             agents: None,
+            judged: false,
         },
         Subject {
             name: "signet",
             client: client(&native, "mesh")?,
             server: server(&native, "mesh")?,
             agents: Some(&native),
+            judged: false,
+        },
+        Subject {
+            name: "signet-judged",
+            client: client(&native, JUDGED)?,
+            server: server(&native, JUDGED)?,
+            agents: Some(&native),
+            judged: true,
         },
         Subject {
             name: "signet-hbone",
             client: client(&hbone, "mesh")?,
             server: server(&hbone, "mesh")?,
             agents: Some(&hbone),
+            judged: false,
         },
     ];
     for subject in &subjects {
@@ -87,6 +102,9 @@ pub fn run(cases: &[Case], quick: bool, results: &mut Results) -> Result<()> {
         for round in 1..=rounds {
             for turn in 0..subjects.len() {
                 let subject = &subjects[(round + turn) % subjects.len()];
+                if subject.judged && !matches!(case, Case::Http(_)) {
+                    continue;
+                }
                 subject
                     .measure(*case, round, millis, results)
                     .with_context(|| format!("{case:?}, {}", subject.name))?;
@@ -104,6 +122,14 @@ fn lab(wire: &str) -> Result<Lab> {
     })?;
     lab.namespace("mesh", Some("strict"))?;
     lab.namespace("plain", None)?;
+    lab.namespace(JUDGED, Some("strict"))?;
+    lab.cluster().apply_yaml(&format!(
+        "apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {{name: items, namespace: {JUDGED}}}
+spec: {{action: ALLOW, rules: [{{to: [{{operation: {{methods: [GET], paths: [/v1/item]}}}}]}}]}}
+"
+    ))?;
     lab.start_agents()?;
     Ok(lab)
 }

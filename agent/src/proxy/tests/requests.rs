@@ -269,6 +269,21 @@ async fn what_has_two_meanings_is_refused_and_never_delivered() {
     judged.server.settled().await;
 }
 
+/// On a connection that has carried nothing for a second a client waits for the answer before it
+/// says anything: it gets one though nothing has been said.
+#[tokio::test]
+async fn a_flow_on_a_connection_that_has_rested_is_judged_at_once() {
+    let judged = Judged::new().await;
+    judged.serve();
+    let answer = judged.say(&post("/api/v1/payments", "")).await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    let began = std::time::Instant::now();
+    let answer = judged.say(&post("/api/v1/payments", "")).await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+}
+
 #[tokio::test]
 async fn identities_are_not_the_clients_to_claim() {
     let judged = Judged::new().await;

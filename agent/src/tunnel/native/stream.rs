@@ -84,6 +84,9 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncRead for ByteStream<T> {
         out: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        // The answer to the request leaves with the first turn, and a client may wait for it before
+        // it says anything. An error is found by what comes next.
+        let _ = this.link.poll_send(cx);
         let (early, taken) = &mut this.early;
         if *taken < early.len() {
             let n = out.remaining().min(early.len() - *taken);
