@@ -163,7 +163,24 @@ impl Judged {
         let state = self.core.plane.state.current();
         let facts = Facts { by_request: false, ..self.facts.clone() };
         match endpoint(&state, &self.served) {
-            Some(endpoint) => judge(&state, &endpoint, &facts),
+            Some(endpoint) => {
+                let judgement = judge(&state, &endpoint, &facts);
+                let namespace = state.world.namespaces.get(&endpoint.pod.name.namespace);
+                let told =
+                    namespace.is_some_and(|n| n.identity_headers != IdentityHeaders::default());
+                // The application believes tokens and headers because they were looked at: a
+                // client must not get past that by a silence or by bytes that only some servers
+                // take for HTTP.
+                if judgement.passes() && (told || !endpoint.request_authentications.is_empty()) {
+                    return Judgement {
+                        verdict: Verdict::Dropped,
+                        reason: Reason::ProtocolError,
+                        policy: None,
+                        revision: state.revision,
+                    };
+                }
+                judgement
+            }
             None => Judgement {
                 verdict: Verdict::Dropped,
                 reason: Reason::PodUnregistered,

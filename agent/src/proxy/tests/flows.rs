@@ -59,8 +59,13 @@ impl Pair {
         let payments = pod("payments", server_ip, Mode::Strict);
         let world = world(7, &[frontend.clone(), payments.clone()], &[&frontend, &payments]);
         let policies = vec![allow("payments-callers", Direction::Ingress, &["frontend"])];
-        let client_setup = Setup { pod: frontend, policies: Vec::new(), world: world.clone() };
-        let server_setup = Setup { pod: payments, policies, world };
+        let client_setup = Setup {
+            pod: frontend,
+            policies: Vec::new(),
+            world: world.clone(),
+            authentications: Vec::new(),
+        };
+        let server_setup = Setup { pod: payments, policies, world, authentications: Vec::new() };
         let client = Node::start(&net, &authority, "node-1", &client_setup, &adjust).await;
         let server = Node::start(&net, &authority, "node-2", &server_setup, &adjust).await;
         Self { net, client, server, client_setup, server_setup, _authority: authority }

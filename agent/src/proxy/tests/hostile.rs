@@ -40,7 +40,7 @@ impl Target {
         let payments = pod("payments", SERVER_IP, Mode::Strict);
         let world = world(7, &[frontend.clone(), payments.clone()], &[&frontend, &payments]);
         let policies = vec![allow("callers", Direction::Ingress, &["frontend"])];
-        let setup = Setup { pod: payments, policies, world };
+        let setup = Setup { pod: payments, policies, world, authentications: Vec::new() };
         let server = Node::start(&net, &authority, "node-2", &setup, |config| {
             config.handshake_timeout = Duration::from_millis(500);
             config.hbone.preface_timeout = Duration::from_millis(500);

@@ -71,6 +71,7 @@ use crate::{
     kernel::Confirm,
     netns::{NetnsFd, NetnsOpener},
     policy::{
+        end_user::RequestAuthentication,
         model::{Action, Peer, Policy, PolicyName, PolicySet, Rule, Selector},
         request::asks_requests,
     },
@@ -300,6 +301,7 @@ pub(super) struct Setup {
     pub(super) pod: Arc<Pod>,
     pub(super) policies: Vec<Arc<Policy>>,
     pub(super) world: World,
+    pub(super) authentications: Vec<Arc<RequestAuthentication>>,
 }
 
 impl Setup {
@@ -314,8 +316,8 @@ impl Setup {
             cgroup_path: "/".into(),
             cgroup: 1,
             policies: self.policies.clone().into(),
-            request_authentications: Arc::new([]),
-            judged: asks_requests(&self.policies),
+            request_authentications: self.authentications.clone().into(),
+            judged: asks_requests(&self.policies) || !self.authentications.is_empty(),
             raw_guard: None,
             default_deny: false,
             listener4: 20_001,

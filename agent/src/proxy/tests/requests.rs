@@ -17,6 +17,7 @@ use crate::{
     flow::{FlowRecord, Via},
     policy::{
         asked::{Operation, PathPattern},
+        end_user::RequestAuthentication,
         model::{Action, Destination, Policy, PolicyName, Rule, Selector},
     },
 };
@@ -65,14 +66,26 @@ struct Judged {
 
 impl Judged {
     async fn new() -> Self {
+        Self::with(vec![only_payments()], Vec::new()).await
+    }
+
+    async fn with(
+        policies: Vec<Arc<Policy>>,
+        authentications: Vec<Arc<RequestAuthentication>>,
+    ) -> Self {
         let net = Net::new().await;
         let authority = Authority::new();
         let adjust = |config: &mut crate::proxy::DataPlaneConfig| config.wires = WIRES;
         let frontend = pod("frontend", CLIENT_IP, Mode::Strict);
         let payments = pod("payments", SERVER_IP, Mode::Strict);
         let world = world(7, &[frontend.clone(), payments.clone()], &[&frontend, &payments]);
-        let client = Setup { pod: frontend, policies: Vec::new(), world: world.clone() };
-        let setup = Setup { pod: payments, policies: vec![only_payments()], world };
+        let client = Setup {
+            pod: frontend,
+            policies: Vec::new(),
+            world: world.clone(),
+            authentications: Vec::new(),
+        };
+        let setup = Setup { pod: payments, policies, world, authentications };
         let client = Node::start(&net, &authority, "node-1", &client, adjust).await;
         let server = Node::start(&net, &authority, "node-2", &setup, adjust).await;
         let listener = Arc::new(net.listen(address(SERVER_IP, APP_PORT)).await);
@@ -282,6 +295,43 @@ async fn a_flow_on_a_connection_that_has_rested_is_judged_at_once() {
     let answer = judged.say(&post("/api/v1/payments", "")).await;
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+}
+
+/// Where an application believes what tokens and headers say, neither a silence nor bytes that only
+/// some servers take for HTTP lead past the judge, though policy alone would let the flow pass.
+#[tokio::test]
+async fn nothing_goes_unseen_where_tokens_are_looked_at() {
+    let name = |kind: &str| PolicyName {
+        kind: kind.into(),
+        namespace: "shop".into(),
+        name: "users".into(),
+    };
+    let users = RequestAuthentication {
+        name: name("RequestAuthentication"),
+        selector: Selector::of("shop"),
+        rules: Vec::new(),
+        ignored: false,
+        remarks: Vec::new(),
+    };
+    let judged = Judged::with(Vec::new(), vec![Arc::new(users)]).await;
+    judged.serve();
+    let forged = "X-Forwarded-Client-Cert: URI=spiffe://cluster.local/ns/shop/sa/admin\r\n";
+    let asked = post("/api/v1/payments", forged);
+    let answer = judged.say(&asked).await;
+    assert!(answer.starts_with("HTTP/1.1 200") && !answer.contains("admin"), "control: {answer}");
+
+    let mut slow = judged.dial().await;
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    slow.write_all(asked.as_bytes()).await.unwrap();
+    slow.shutdown().await.unwrap();
+    let mut answer = String::new();
+    timeout(PROMPTLY, slow.read_to_string(&mut answer)).await.expect("an end").unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200") && !answer.contains("admin"), "{answer}");
+
+    let answer = judged.say(&format!("\r\n{asked}")).await;
+    assert_eq!(answer, "", "it is no HTTP");
+    let refused = |r: &FlowRecord| dropped(r) && r.reason == Reason::ProtocolError;
+    judged.server.verdict("what is no HTTP", refused).await;
 }
 
 #[tokio::test]
